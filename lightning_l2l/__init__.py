@@ -1,0 +1,18 @@
+"""Learn the learning rate while you train: meta-gradients for PyTorch Lightning."""
+
+from lightning_l2l.__about__ import __version__
+from lightning_l2l.callback import LearnToLearn
+from lightning_l2l.core.meta_gradient import meta_gradient
+from lightning_l2l.core.result import Diagnostics, MetaGradient
+from lightning_l2l.optimizers import LearnedHyperparameters, LearnedOptimizer, LearnedStepSize
+
+__all__ = [
+    "Diagnostics",
+    "LearnToLearn",
+    "LearnedHyperparameters",
+    "LearnedOptimizer",
+    "LearnedStepSize",
+    "MetaGradient",
+    "__version__",
+    "meta_gradient",
+]

@@ -1,0 +1,189 @@
+"""Forward mode: the derivative of the iterate travels along with the training steps.
+
+For each scalar meta-parameter theta the tangent ``dz_k/dtheta`` of parameters and optimizer state obeys
+``dz_{k+1} = (d step/dz) dz_k + d step/dtheta``; the gradient inside the step contributes one exact Hessian-vector
+product. Memory does not grow with the number of steps, so this is the estimator for a few meta-parameters and any
+horizon. Cost: one Hessian-vector product (about two gradients) per step and scalar meta-parameter.
+
+The Hessian-vector product is a second reverse pass, not forward-mode differentiation of the loss: it supports every
+operation that has a second derivative, works under autocast, and costs less (docs, "cost"). Only the update rule itself, a
+few elementwise operations, goes through forward-mode numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_l2l.core.inner_step import InnerStep, Iterate
+from lightning_l2l.core.objectives import Objective
+from lightning_l2l.core.result import MetaGradient
+from lightning_l2l.core.scaled import ScaledVector, inner_product, largest_exponent, log2_norm, multiply
+from lightning_l2l.core.tally import Tally, rate_per_step
+
+# (name of the meta-parameter, flat index of the scalar in it)
+Direction = tuple[str, int]
+
+
+def forward(
+    step: InnerStep,
+    start: Iterate,
+    batches: Sequence[Any],
+    meta_batch: Any,
+    objective: Objective,
+    reason: str = "",
+) -> MetaGradient:
+    """Meta-gradient by forward mode; exact to second order.
+
+    Args:
+        step: The inner training step.
+        start: The iterate to start from.
+        batches: One batch per inner step.
+        meta_batch: The batch that the meta-objective is evaluated on.
+        objective: The meta-objective.
+        reason: Why this estimator was chosen, for the diagnostics.
+    """
+    meta = {name: tensor.detach() for name, tensor in step.learned.named_parameters() if tensor.requires_grad}
+    directions = [(name, index) for name, tensor in meta.items() for index in range(tensor.numel())]
+    tally = Tally(objective, len(batches), step.homogeneity)
+    iterate = start.fresh()
+    tangents: list[ScaledVector | None] = [None] * len(directions)
+    log_scale = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
+    slopes = [torch.zeros_like(log_scale) for _ in directions]
+    norms: list[Tensor] = []
+
+    for taken, batch in enumerate(batches, start=1):
+        loss = step.evaluate(iterate, batch)
+        if tally.diverged(loss):
+            break
+        iterate, tangents = advance(step, iterate, loss, meta, directions, tangents)
+        if step.homogeneity is not None:
+            iterate, tangents, log_scale = rescale(iterate, tangents, log_scale)
+        norms.append(_largest_norm(tangents) + log_scale / torch.log(log_scale.new_tensor(2.0)))
+        if taken in tally.weights:
+            meta_loss, gradients = step.judge(iterate, meta_batch)
+            slope, exponent = tally.add(taken, meta_loss, log_scale)
+            for index, tangent in enumerate(tangents):
+                assert tangent is not None
+                product = inner_product(gradients, tangent.tensors[: len(gradients)])
+                slopes[index] = slopes[index] + slope * product * torch.exp2(tangent.exponent + exponent)
+
+    found = {name: torch.zeros_like(tensor) for name, tensor in meta.items()}
+    for (name, place), value in zip(directions, slopes, strict=True):
+        found[name].view(-1)[place] = value.to(found[name].dtype)
+    return tally.result("forward", reason, found, rate_per_step(norms))
+
+
+def advance(
+    step: InnerStep,
+    iterate: Iterate,
+    loss: Tensor,
+    meta: dict[str, Tensor],
+    directions: Sequence[Direction],
+    tangents: Sequence[ScaledVector | None],
+) -> tuple[Iterate, list[ScaledVector | None]]:
+    """One training step together with its tangents.
+
+    Args:
+        step: The inner training step.
+        iterate: The present iterate, leaves that require a gradient.
+        loss: The loss there.
+        meta: The meta-parameters by name, detached.
+        directions: The scalars to differentiate by.
+        tangents: One for each direction; ``None`` stands for zero (the first step).
+    """
+    moving = any(tangent is not None for tangent in tangents)
+    gradients = step.gradients(loss, iterate, create_graph=step.second_order and moving)
+    values = {name: None if gradient is None else gradient.detach() for name, gradient in gradients.items()}
+    primal = iterate.with_leaves([leaf.detach() for leaf in iterate.leaves()])
+
+    following: Iterate | None = None
+    moved: list[ScaledVector | None] = []
+    for index, (direction, tangent) in enumerate(zip(directions, tangents, strict=True)):
+        keep_graph = index < len(directions) - 1
+        curvature = _hessian_vector_product(step, iterate, gradients, tangent, keep_graph)
+        following, leaves, exponent = _push(step, primal, values, curvature, meta, direction, tangent)
+        moved.append(ScaledVector.of(leaves, exponent))
+    assert following is not None
+    return following.fresh(), moved
+
+
+def rescale(
+    iterate: Iterate, tangents: Sequence[ScaledVector | None], log_scale: Tensor
+) -> tuple[Iterate, list[ScaledVector | None], Tensor]:
+    """Divide a homogeneous problem's iterate and tangents by one power of two; the logarithm is kept."""
+    exponent = largest_exponent(list(iterate.parameters.values())).to(log_scale.device)
+    scaled = ScaledVector(iterate.leaves(), -exponent).at_exponent(torch.zeros_like(exponent))
+    following = iterate.with_leaves([leaf.detach().requires_grad_() for leaf in scaled])
+    moved = [None if t is None else ScaledVector(t.tensors, t.exponent - exponent) for t in tangents]
+    return following, moved, log_scale + exponent * torch.log(exponent.new_tensor(2.0))
+
+
+def _hessian_vector_product(
+    step: InnerStep,
+    iterate: Iterate,
+    gradients: dict[str, Tensor | None],
+    tangent: ScaledVector | None,
+    keep_graph: bool,
+) -> dict[str, Tensor | None]:
+    """Derivative of the gradients along the tangent (mantissas), by a second reverse pass: H v = (v' H)'."""
+    if tangent is None or not step.second_order:
+        return dict.fromkeys(gradients)
+    along = dict(zip(iterate.parameters, tangent.tensors, strict=False))
+    pairs = [(g, along[name]) for name, g in gradients.items() if g is not None and g.requires_grad]
+    if not pairs:  # a loss that is linear in the parameters
+        return dict.fromkeys(gradients)
+    products = torch.autograd.grad(
+        [gradient for gradient, _ in pairs],
+        list(iterate.parameters.values()),
+        [vector for _, vector in pairs],
+        retain_graph=keep_graph,
+        allow_unused=True,
+    )
+    return dict(zip(iterate.parameters, products, strict=True))
+
+
+def _push(
+    step: InnerStep,
+    primal: Iterate,
+    gradients: dict[str, Tensor | None],
+    curvature: dict[str, Tensor | None],
+    meta: dict[str, Tensor],
+    direction: Direction,
+    tangent: ScaledVector | None,
+) -> tuple[Iterate, list[Tensor], Tensor]:
+    """The update rule on dual numbers: the next iterate, its tangent and the tangent's exponent."""
+    leaves = primal.leaves()
+    exponent = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
+    with forward_ad.dual_level():
+        if tangent is not None:
+            exponent = tangent.exponent
+            leaves = [forward_ad.make_dual(x, dx) for x, dx in zip(leaves, tangent.tensors, strict=True)]
+        along = dict(meta)
+        name, place = direction
+        unit = torch.zeros_like(meta[name])
+        unit.view(-1)[place] = 1.0
+        # The tangents are mantissas; the unit step of the meta-parameter is brought to the same exponent.
+        along[name] = forward_ad.make_dual(meta[name], multiply([unit], torch.exp2(-exponent))[0])
+        bent = {
+            key: gradient
+            if gradient is None or curvature[key] is None
+            else forward_ad.make_dual(gradient, curvature[key])
+            for key, gradient in gradients.items()
+        }
+        following = step.update(primal.with_leaves(leaves), bent, along)
+        split = [forward_ad.unpack_dual(leaf) for leaf in following.leaves()]
+        values = [part.primal.detach() for part in split]
+        tangents = [
+            torch.zeros_like(value) if part.tangent is None else part.tangent.detach()
+            for value, part in zip(values, split, strict=True)
+        ]
+    return following.with_leaves(values), tangents, exponent
+
+
+def _largest_norm(tangents: Sequence[ScaledVector | None]) -> Tensor:
+    return torch.stack([log2_norm(tangent) for tangent in tangents if tangent is not None]).amax()

@@ -1,0 +1,189 @@
+"""One differentiable training step: loss, gradient, update. Everything the estimators know about a problem.
+
+The loss and the learned optimizer are the user's; they meet here and nowhere else, so this is also where their
+answers are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchopt.base import GradientTransformation
+
+from lightning_l2l.optimizers.base import LearnedOptimizer
+
+Tensors = dict[str, Tensor]
+Loss = Callable[[Mapping[str, Tensor], Any], Tensor]
+
+
+def twice_differentiable() -> AbstractContextManager[Any]:
+    """Attention by the math kernel: the fused ones have no second derivative (torch 2.13, CPU and CUDA)."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+class _Update(nn.Module):
+    """Lets ``functional_call`` reach ``learned.transformation()`` with substituted meta-parameters."""
+
+    def __init__(self, learned: LearnedOptimizer) -> None:
+        super().__init__()
+        self.learned = learned
+
+    def forward(self, gradients: Any, state: Any, parameters: Tensors) -> Any:
+        return self.learned.transformation().update(gradients, state, params=parameters, inplace=False)
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """Where the inner training stands.
+
+    Attributes:
+        parameters: What the inner optimizer moves, by name.
+        state: The inner optimizer's state, any tree of tensors and numbers.
+        buffers: Everything else that the loss reads by name; what the loss writes in place lands here.
+    """
+
+    parameters: Tensors
+    state: Any
+    buffers: Tensors
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors a derivative flows through: the parameters, then the floating-point state."""
+        state = [leaf for leaf in optree.tree_leaves(self.state) if _carries_derivative(leaf)]
+        return [*self.parameters.values(), *state]
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> Iterate:
+        """The same iterate with other tensors in the places that :meth:`leaves` lists."""
+        count = len(self.parameters)
+        parameters = dict(zip(self.parameters, leaves[:count], strict=True))
+        flat, structure = optree.tree_flatten(self.state)
+        rest = iter(leaves[count:])
+        state = [next(rest) if _carries_derivative(leaf) else leaf for leaf in flat]
+        return Iterate(parameters, optree.tree_unflatten(structure, state), self.buffers)
+
+    def fresh(self) -> Iterate:
+        """The same iterate as leaves that require a gradient, without history, and with its own buffers."""
+        buffers = {name: buffer.detach().clone() for name, buffer in self.buffers.items()}
+        leaves = [leaf.detach().requires_grad_() for leaf in self.leaves()]
+        return replace(self.with_leaves(leaves), buffers=buffers)
+
+
+def _carries_derivative(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+@dataclass(frozen=True)
+class InnerStep:
+    """A training step ``iterate -> iterate``, differentiable in the iterate and in the meta-parameters.
+
+    Attributes:
+        loss: ``loss(parameters, batch) -> scalar``; ``parameters`` holds the buffers as well.
+        learned: The learned optimizer.
+        gradient_transformation: Applied to the gradients first, e.g. a clipping; ``None`` for nothing.
+        second_order: ``False`` treats the inner gradients as constants (cheaper, biased).
+        homogeneity: Degree p if ``loss(c w) = |c|**p loss(w)`` and the update is linear, else ``None``.
+    """
+
+    loss: Loss
+    learned: LearnedOptimizer
+    gradient_transformation: GradientTransformation | None = None
+    second_order: bool = True
+    homogeneity: float | None = None
+
+    def start(self, parameters: Mapping[str, Tensor], state: Any, buffers: Mapping[str, Tensor]) -> Iterate:
+        """The first iterate: clones, so that nothing of the caller's is ever written to."""
+        own = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+        if state is None:
+            state = self.learned.transformation().init(own)
+        # A state that the caller holds is not modified: updates are out of place.
+        iterate = Iterate(own, state, dict(buffers))
+        return iterate.with_leaves([leaf.detach().clone() for leaf in iterate.leaves()]).fresh()
+
+    def evaluate(self, iterate: Iterate, batch: Any) -> Tensor:
+        """The loss at an iterate.
+
+        Raises:
+            TypeError: The loss is not a tensor of one floating-point number.
+        """
+        with twice_differentiable():
+            value = self.loss({**iterate.parameters, **iterate.buffers}, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+            found = (
+                f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
+            raise TypeError(
+                f"The loss must be one floating-point number in a tensor, but it is {found}. Meta-gradients are "
+                "derivatives of that number: reduce it (for example with .mean()) before returning it."
+            )
+        return value.reshape(())
+
+    def gradients(self, value: Tensor, iterate: Iterate, *, create_graph: bool) -> dict[str, Tensor | None]:
+        """Gradient of a loss for each parameter; ``None`` for those it does not depend on.
+
+        Raises:
+            ValueError: The loss depends on none of the parameters.
+        """
+        names, parameters = list(iterate.parameters), list(iterate.parameters.values())
+        found: Sequence[Tensor | None] = [None] * len(parameters)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True)
+        if all(gradient is None for gradient in found):
+            raise ValueError(
+                "The loss does not depend on any parameter that the optimizer moves, so there is nothing to unroll. "
+                "Compute it from the parameters that are passed in, with gradients on (no torch.no_grad, no "
+                "detach, no .item())."
+            )
+        return dict(zip(names, found, strict=True))
+
+    def judge(self, iterate: Iterate, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        """The meta-loss at an iterate and its gradient for each parameter; the iterate stays as it is."""
+        place = iterate.fresh()
+        value = self.evaluate(place, batch)
+        gradients = self.gradients(value, place, create_graph=False)
+        filled = [
+            torch.zeros_like(iterate.parameters[name]) if gradient is None else gradient
+            for name, gradient in gradients.items()
+        ]
+        return value.detach(), filled
+
+    def update(
+        self,
+        iterate: Iterate,
+        gradients: Mapping[str, Tensor | None],
+        meta_parameters: Mapping[str, Tensor] | None = None,
+    ) -> Iterate:
+        """The next iterate.
+
+        Args:
+            iterate: The present one.
+            gradients: One for each parameter.
+            meta_parameters: Used in place of the learned optimizer's own, by name.
+        """
+        moved: Any = dict(gradients)
+        if not self.learned.accepts_missing_gradients:
+            # torchopt 0.7.3 freezes a parameter for good once its gradient was None with momentum.
+            moved = {
+                name: torch.zeros_like(iterate.parameters[name]) if gradient is None else gradient
+                for name, gradient in moved.items()
+            }
+        if self.gradient_transformation is not None:
+            moved, _ = self.gradient_transformation.update(
+                moved, self.gradient_transformation.init(iterate.parameters), inplace=False
+            )
+        call = _Update(self.learned)
+        substitutes = {f"learned.{name}": tensor for name, tensor in (meta_parameters or {}).items()}
+        updates, state = functional_call(call, substitutes, (moved, iterate.state, iterate.parameters))
+        parameters = {
+            name: tensor if updates.get(name) is None else tensor + updates[name]
+            for name, tensor in iterate.parameters.items()
+        }
+        return replace(iterate, parameters=parameters, state=state)

@@ -1,0 +1,106 @@
+"""Adds up the meta-objective and its derivative over the steps that count, and judges the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_l2l.core.objectives import Objective, is_logarithmic, objective_weights
+from lightning_l2l.core.result import Diagnostics, MetaGradient
+
+
+class Tally:
+    """Collects losses during one unroll.
+
+    The true iterate is ``scale * iterate`` with ``log(scale)`` a float64 number (always 0 unless the problem is
+    homogeneous), so the true loss is ``scale**p * loss``: logarithms are exact wherever the true loss lies.
+
+    Args:
+        objective: The meta-objective.
+        steps: The number of inner steps K.
+        homogeneity: The degree p, or ``None``.
+    """
+
+    def __init__(self, objective: Objective, steps: int, homogeneity: float | None) -> None:
+        self.weights = objective_weights(objective, steps)
+        self.logarithmic = is_logarithmic(objective)
+        self.homogeneity = homogeneity or 0.0
+        self.inner_losses: list[Tensor] = []
+        self.meta_losses: list[Tensor] = []
+        self.value: Tensor | float = 0.0
+
+    def diverged(self, loss: Tensor) -> bool:
+        """Record the loss of an inner step; whether to stop here. On an accelerator that waits until the end."""
+        self.inner_losses.append(loss.detach().double())
+        return loss.device.type == "cpu" and not bool(loss.isfinite())
+
+    def add(self, step: int, loss: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the meta-loss after ``step`` steps to the value.
+
+        Args:
+            step: The number of inner steps taken.
+            loss: The meta-loss at the scaled iterate; 0-dim.
+            log_scale: Natural logarithm of the scale; 0-dim float64.
+
+        Returns:
+            The derivative of the meta-objective with respect to ``loss`` as mantissa and binary exponent, both 0-dim
+            float64.
+        """
+        weight = self.weights[step]
+        loss = loss.detach().double()
+        self.meta_losses.append(loss)
+        growth = self.homogeneity * log_scale
+        if self.logarithmic:
+            self.value = self.value + weight * (loss.log() + growth)
+            return weight / loss, torch.zeros_like(loss)
+        self.value = self.value + weight * loss * growth.exp()
+        return torch.full_like(loss, weight), growth / math.log(2.0)
+
+    def result(
+        self, estimator: str, reason: str, gradients: dict[str, Tensor], growth_rate: Tensor | float
+    ) -> MetaGradient:
+        """The finished result, with one transfer from the device.
+
+        Raises:
+            ValueError: The objective takes the logarithm of a negative loss.
+        """
+        # Each kind of number travels in one tensor: one host synchronisation, whatever the number of steps.
+        parts = [torch.as_tensor(self.value, dtype=torch.float64).reshape(1).to(self.inner_losses[0].device)]
+        parts.append(torch.as_tensor(growth_rate, dtype=torch.float64).reshape(1).to(parts[0].device))
+        finite = [gradient.isfinite().all() for gradient in gradients.values()]
+        parts.append(torch.stack(finite).all().double().reshape(1).to(parts[0].device) if finite else parts[0] * 0 + 1)
+        parts.append(torch.stack(self.inner_losses))
+        if self.meta_losses:
+            parts.append(torch.stack(self.meta_losses))
+        numbers = torch.cat(parts).cpu()
+        value, growth, gradient_finite = numbers[0].item(), numbers[1].item(), bool(numbers[2])
+        inner, meta = numbers[3 : 3 + len(self.inner_losses)], numbers[3 + len(self.inner_losses) :]
+
+        bad = (~inner.isfinite()).nonzero().flatten().tolist()
+        truncated = bad[0] + 1 if bad else None
+        if self.logarithmic and truncated is None and bool((meta < 0).any()):
+            raise ValueError(
+                f"The meta-loss is negative ({meta[meta < 0][0].item():.4g}), so its logarithm does not exist. Use "
+                "objective='naive' (or 'naive_mean'), or make the loss positive."
+            )
+        underflow = self.logarithmic and truncated is None and bool((meta == 0).any())
+        overflow = truncated is None and not underflow and not (gradient_finite and math.isfinite(value))
+        if truncated is not None or underflow or overflow:
+            if truncated is not None:
+                value = math.nan
+            gradients = {name: torch.full_like(gradient, math.nan) for name, gradient in gradients.items()}
+        return MetaGradient(
+            value,
+            gradients,
+            Diagnostics(estimator, reason, inner, overflow, underflow, truncated, growth),
+        )
+
+
+def rate_per_step(log2_norms: Sequence[Tensor]) -> Tensor | float:
+    """Mean growth per step, natural logarithm, from the first to the last of a sequence of ``log2`` norms."""
+    if len(log2_norms) < 2:
+        return math.nan
+    return (log2_norms[-1] - log2_norms[0]) * (math.log(2.0) / (len(log2_norms) - 1))

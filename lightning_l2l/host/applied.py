@@ -1,0 +1,180 @@
+"""The learned values in the live optimizer, on top of whatever schedule the user has.
+
+A parameter group's hyperparameters have two values: the *scheduled* one, which the user's optimizer, scheduler or hook
+wrote, and the *applied* one, which the learned optimizer makes of it. The group always shows the applied one, so every
+monitor and checkpoint sees what is used. While a scheduler steps it sees the scheduled ones, so that closed-form
+schedulers do not erase the learned factor and recursive ones do not compound it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_l2l.core.inner import InnerOptimizer, mirror
+from lightning_l2l.optimizers import LearnedOptimizer
+
+# By key of a parameter group: a number, a tuple (betas), or one number for each parameter name.
+Values = dict[str, Any]
+
+
+class AppliedValues:
+    """Keeps scheduled and applied values apart in one optimizer.
+
+    Args:
+        optimizer: The user's live optimizer.
+        module: The module that owns the parameters.
+        learned: The learned optimizer; it is attached here, to the scheduled values.
+        saved: What :meth:`state_dict` returned in the run that is resumed.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        module: nn.Module,
+        learned: LearnedOptimizer,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        self._optimizer = optimizer
+        self._module = module
+        self._learned = learned
+        self._scheduled: list[Values] = []
+        self._written: list[Values] = []
+        self._whole_groups: list[dict[str, Any]] | None = None
+        if saved is not None and len(saved["written"]) <= len(optimizer.param_groups):
+            self._scheduled = [dict(values) for values in saved["scheduled"]]
+            self._written = [dict(values) for values in saved["written"]]
+        self.refresh()
+
+    def refresh(self, *, force: bool = False) -> None:
+        """Take over what somebody else has written into the groups since, and apply the learned values again.
+
+        Args:
+            force: Also when nobody has: after the learned values have changed.
+        """
+        if self._read() or force:
+            self._learned.attach(self.inner())
+            self._write()
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """The learning rate in force in each group (the geometric mean where every tensor has its own)."""
+        return [float(group["lr"]) for group in self._optimizer.param_groups]
+
+    def values(self) -> list[Values]:
+        """What the learned optimizer makes of the scheduled values; empty for one that has none."""
+        return self._learned.values()
+
+    @contextmanager
+    def scheduled(self) -> Iterator[None]:
+        """Inside, the groups show the scheduled values; whatever they show at the end is the new schedule."""
+        self.refresh()
+        for group, values in zip(self._optimizer.param_groups, self._scheduled, strict=True):
+            for key, value in values.items():
+                _set(group, key, value)
+        self._written = [dict(values) for values in self._scheduled]
+        try:
+            yield
+        finally:
+            self.refresh(force=True)
+
+    def split(self) -> None:
+        """Give every tensor that has its own value a parameter group of its own, until :meth:`join`."""
+        everything = self.values()
+        if not any(isinstance(value, dict) for values in everything for value in values.values()):
+            return
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        groups = self._optimizer.param_groups
+        split: list[dict[str, Any]] = []
+        for group, values in zip(groups, everything, strict=True):
+            own = {key: value for key, value in values.items() if isinstance(value, dict)}
+            rest = [p for p in group["params"] if not any(names.get(id(p)) in value for value in own.values())]
+            for parameter in group["params"]:
+                name = names.get(id(parameter), "")
+                mine = {key: value[name] for key, value in own.items() if name in value}
+                if mine:
+                    split.append({**group, "params": [parameter], **mine})
+            if rest:
+                split.append({**group, "params": rest})
+        self._whole_groups = list(groups)
+        groups[:] = split  # in place: schedulers and wrappers hold this very list
+
+    def join(self) -> None:
+        """Undo :meth:`split`."""
+        if self._whole_groups is not None:
+            self._optimizer.param_groups[:] = self._whole_groups
+            self._whole_groups = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scheduled and applied values, as plain numbers."""
+        return {
+            "scheduled": [dict(values) for values in self._scheduled],
+            "written": [dict(values) for values in self._written],
+        }
+
+    def _read(self) -> bool:
+        """Whether some group shows something that we did not write; then that is the new scheduled value."""
+        changed = False
+        for index, group in enumerate(self._optimizer.param_groups):
+            if index == len(self._scheduled):
+                self._scheduled.append({})
+                self._written.append({})
+                changed = True
+            for key, written in self._written[index].items():
+                if _get(group, key) != written:
+                    self._scheduled[index][key] = _get(group, key)
+                    changed = True
+        return changed
+
+    def inner(self) -> InnerOptimizer:
+        """The mirror of the live optimizer with the scheduled values in place of the applied ones."""
+        inner = mirror(self._optimizer, self._module.named_parameters())
+        groups = [
+            replace(group, hyperparameters={**group.hyperparameters, **_split_betas(values)})
+            for group, values in zip(inner.groups, self._scheduled, strict=True)
+        ]
+        return replace(inner, groups=tuple(groups))
+
+    def _write(self) -> None:
+        for index, (group, values) in enumerate(zip(self._optimizer.param_groups, self.values(), strict=True)):
+            for key, value in values.items():
+                if key not in self._scheduled[index]:
+                    self._scheduled[index][key] = _get(group, key)
+                shown = _geometric_mean(list(value.values())) if isinstance(value, dict) else value
+                _set(group, key, shown)
+                self._written[index][key] = shown
+
+
+def _split_betas(values: Values) -> Values:
+    plain = {key: value for key, value in values.items() if key != "betas"}
+    if "betas" in values:
+        plain["beta1"], plain["beta2"] = values["betas"]
+    return plain
+
+
+def _get(group: dict[str, Any], key: str) -> Any:
+    value = group[key]
+    if isinstance(value, (tuple, list)):
+        return tuple(float(item) for item in value)
+    return float(value)
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    if isinstance(group[key], Tensor):
+        group[key].fill_(value)  # a tensor rate (capturable, compiled steps) is read by reference
+    else:
+        group[key] = value
+
+
+def _geometric_mean(values: list[float]) -> float:
+    if not values:
+        return math.nan
+    if len(set(values)) == 1:
+        return values[0]
+    return math.exp(sum(math.log(value) for value in values) / len(values))

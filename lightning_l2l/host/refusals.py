@@ -1,0 +1,100 @@
+"""What LearnToLearn cannot work with, said before training starts: what, why, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_l2l.host.trainer import is_stub, live_optimizer, loads_from_iterator
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+# By class name, since `pytorch_lightning` has its own copies of these classes.
+_SINGLE_DEVICE = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy")
+
+
+def refuse_strategy(trainer: pl.Trainer) -> None:
+    """Refuse what can be seen in ``setup``: the way the training is distributed.
+
+    Raises:
+        MisconfigurationException: More than one process, or parameters that are not whole.
+    """
+    names = {base.__name__ for base in type(trainer.strategy).__mro__}
+    if not names & set(_SINGLE_DEVICE):
+        raise MisconfigurationException(
+            f"LearnToLearn supports single-device training so far, but the strategy is "
+            f"{type(trainer.strategy).__name__}. Averaging gradients over processes inside the unroll is not "
+            "implemented yet, and without it every process would learn another rate. Use devices=1."
+        )
+
+
+def refuse_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse what can be seen once optimizers exist, in ``on_fit_start``.
+
+    Raises:
+        MisconfigurationException: Manual optimization, no optimizer, a step that loads its own data, weight
+            normalisation, or an overridden gradient clipping.
+    """
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            "LearnToLearn needs automatic optimization: in manual mode training_step steps the optimizer itself, so "
+            "calling it for an unroll would train your weights. Remove `self.automatic_optimization = False`, or "
+            "use lightning_l2l.meta_gradient in your own loop."
+        )
+    if not trainer.optimizers or is_stub(live_optimizer(trainer)):
+        raise MisconfigurationException(
+            "LearnToLearn has no optimizer to work on: configure_optimizers returned None. Return a torch.optim "
+            "optimizer from it."
+        )
+    if loads_from_iterator(module):
+        raise MisconfigurationException(
+            "LearnToLearn cannot be used with training_step(self, dataloader_iter): no batch exists outside the step "
+            "that could be remembered for the unroll. Take `batch` (and `batch_idx`) instead."
+        )
+    normalised = [name for name, child in module.named_modules() if _has_weight_norm(child)]
+    if normalised:
+        raise MisconfigurationException(
+            f"LearnToLearn cannot be used with weight_norm (here: {', '.join(normalised[:3])}): PyTorch's second "
+            "derivative of it is wrong, silently, so every meta-gradient would be. Remove it with "
+            "torch.nn.utils.parametrize.remove_parametrizations, or use LayerNorm."
+        )
+    if trainer.gradient_clip_val is not None and _overrides_clipping(module):
+        raise MisconfigurationException(
+            "LearnToLearn cannot unroll a configure_gradient_clipping of your own: it changes gradients in place, "
+            "which has no derivative. Use gradient_clip_val and gradient_clip_algorithm of the Trainer alone."
+        )
+
+
+def _overrides_clipping(module: nn.Module) -> bool:
+    # Not Lightning's `is_overridden`: that one does not know modules of the `pytorch_lightning` namespace.
+    home = type(module).configure_gradient_clipping.__module__  # type: ignore[union-attr]
+    return not home.startswith(("lightning.", "pytorch_lightning."))
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    parametrizations = getattr(module, "parametrizations", None)
+    if parametrizations is not None:
+        return any(type(step).__name__ == "_WeightNorm" for steps in parametrizations.values() for step in steps)
+    hooks = module._forward_pre_hooks.values()
+    return any(type(hook).__name__ == "WeightNorm" for hook in hooks)
+
+
+def refuse_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Refuse an optimizer without a mirror, and sparse gradients.
+
+    Raises:
+        TypeError: No mirror; the message lists those that have one and how to add another.
+        MisconfigurationException: An embedding with sparse gradients.
+    """
+    from lightning_l2l.core.inner import mirror
+
+    mirror(optimizer, module.named_parameters())
+    sparse = [name for name, child in module.named_modules() if getattr(child, "sparse", False) is True]
+    if sparse:
+        raise MisconfigurationException(
+            f"LearnToLearn cannot be used with sparse gradients (here: {', '.join(sparse[:3])}). Pass sparse=False."
+        )
