@@ -19,7 +19,9 @@ Estimator = Literal["auto", "forward", "reverse"]
 # Forward mode pays one Hessian-vector product per scalar and step, reverse mode about as much for all of them.
 _LARGEST_FORWARD = 2
 
-_ESTIMATORS: dict[str, Callable[[InnerStep, Iterate, Sequence[Any], Any, Objective, str], MetaGradient]] = {
+_ESTIMATORS: dict[
+    str, Callable[[InnerStep, Iterate, Sequence[Any], Any, Objective, str], tuple[MetaGradient, Iterate]]
+] = {
     "forward": estimators.forward,
     "reverse": estimators.reverse,
 }
@@ -137,4 +139,5 @@ def meta_gradient(
     step = InnerStep(loss, learned, gradient_transformation, second_order, homogeneity if linear else None)
     name, reason = choose_estimator(learned, estimator)
     start = step.start(params, state, buffers or {})
-    return _ESTIMATORS[name](step, start, batches, meta_batch, objective, reason)
+    result, _ = _ESTIMATORS[name](step, start, batches, meta_batch, objective, reason)
+    return result

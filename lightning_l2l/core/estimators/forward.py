@@ -36,7 +36,7 @@ def forward(
     meta_batch: Any,
     objective: Objective,
     reason: str = "",
-) -> MetaGradient:
+) -> tuple[MetaGradient, Iterate]:
     """Meta-gradient by forward mode; exact to second order.
 
     Args:
@@ -46,6 +46,9 @@ def forward(
         meta_batch: The batch that the meta-objective is evaluated on.
         objective: The meta-objective.
         reason: Why this estimator was chosen, for the diagnostics.
+
+    Returns:
+        The result, and the iterate that the unroll arrived at (for a homogeneous problem up to a factor).
     """
     meta = {name: tensor.detach() for name, tensor in step.learned.named_parameters() if tensor.requires_grad}
     directions = [(name, index) for name, tensor in meta.items() for index in range(tensor.numel())]
@@ -75,7 +78,7 @@ def forward(
     found = {name: torch.zeros_like(tensor) for name, tensor in meta.items()}
     for (name, place), value in zip(directions, slopes, strict=True):
         found[name].view(-1)[place] = value.to(found[name].dtype)
-    return tally.result("forward", reason, found, rate_per_step(norms))
+    return tally.result("forward", reason, found, rate_per_step(norms)), iterate
 
 
 def advance(

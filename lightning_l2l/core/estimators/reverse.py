@@ -42,7 +42,7 @@ def reverse(
     meta_batch: Any,
     objective: Objective,
     reason: str = "",
-) -> MetaGradient:
+) -> tuple[MetaGradient, Iterate]:
     """Meta-gradient by reverse mode; exact to second order.
 
     Args:
@@ -52,6 +52,9 @@ def reverse(
         meta_batch: The batch that the meta-objective is evaluated on.
         objective: The meta-objective.
         reason: Why this estimator was chosen, for the diagnostics.
+
+    Returns:
+        The result, and the iterate that the unroll arrived at (for a homogeneous problem up to a factor).
     """
     meta = {name: tensor for name, tensor in step.learned.named_parameters() if tensor.requires_grad}
     tally = Tally(objective, len(batches), step.homogeneity)
@@ -81,7 +84,7 @@ def reverse(
         records.append(record)
 
     found, norms = _carry_back(records, list(meta.values()))
-    return tally.result("reverse", reason, dict(zip(meta, found, strict=True)), rate_per_step(norms))
+    return tally.result("reverse", reason, dict(zip(meta, found, strict=True)), rate_per_step(norms)), iterate
 
 
 def _injection(iterate: Iterate, slopes: list[Tensor], slope: Tensor, exponent: Tensor) -> ScaledVector:
