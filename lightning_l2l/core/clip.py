@@ -1,7 +1,7 @@
 """Gradient clipping as part of the inner step: ``torch.nn.utils``' formulas, differentiable through the norm.
 
-A clipped step depends on the gradient through its norm as well. torchopt's own clipping treats the norm as a constant,
-which gives another derivative; Trainer's gradient clipping is mirrored by these.
+A clipped step depends on the gradient through its norm as well. torchopt's own clipping treats the norm as a
+constant, which gives another derivative; Trainer's gradient clipping is mirrored by these.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ def clip_gradient_norm(max_norm: float, norm_type: float = 2.0) -> GradientTrans
     """Scales all gradients together so that their norm is at most ``max_norm``.
 
     The same numbers as ``torch.nn.utils.clip_grad_norm_``: each gradient times
-    ``min(1, max_norm / (norm + 1e-6))``, with the norm over all gradients as one vector. Gradients that are ``None`` stay
-    ``None``. At norm 0 the derivative is that of the unclipped gradient.
+    ``min(1, max_norm / (norm + 1e-6))``, with the norm over all gradients as one vector. Gradients that are
+    ``None`` stay ``None``. At norm 0 the derivative is that of the unclipped gradient.
 
     Args:
         max_norm: The largest norm, 0 or more (0 makes every gradient zero, as torch does).
         norm_type: Order p of the norm, above 0; ``math.inf`` for the largest entry.
 
     Returns:
-        A stateless torchopt transformation over dictionaries of tensors by name; to be chained before an optimizer.
+        A stateless torchopt transformation over dictionaries of tensors by name; to be chained before an
+        optimizer.
 
     Raises:
         ValueError: A negative ``max_norm`` or a ``norm_type`` that is not positive.
@@ -103,7 +104,7 @@ def _stateless(
 
 def _norm(tensor: Tensor, order: float) -> Tensor:
     """The vector norm, with derivative 0 (not NaN) where it is 0."""
-    # The derivative of a norm of zeros is taken at ones instead, and then masked: torch masks only the first one.
+    # For zeros the norm is taken of ones instead, and then masked: torch masks only the first derivative.
     zero = (tensor == 0).all()
     safe = tensor.masked_fill(zero, 1.0)
     norm: Tensor = torch.linalg.vector_norm(safe, order)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,6 +25,9 @@ class Diagnostics:
             respect to the meta-parameters (forward) or the adjoint (reverse) grows: an estimate of the largest
             Lyapunov exponent. Above zero, the meta-gradient explodes with the number of steps. NaN for fewer than
             two steps.
+        standard_error: For estimators that sample: the standard error of each meta-gradient, by meta-parameter.
+            Empty for exact ones.
+        notes: Further remarks, e.g. how particles were computed.
     """
 
     estimator: str
@@ -34,6 +37,8 @@ class Diagnostics:
     underflow: bool
     truncated_step: int | None
     growth_rate: float
+    standard_error: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

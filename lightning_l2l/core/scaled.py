@@ -1,12 +1,13 @@
 """Lists of tensors with a separate exponent, so that products over thousands of steps stay in the number range.
 
 Tangents and adjoints of an unroll grow or shrink exponentially with the number of steps. They are linear, so they
-may be carried as ``tensors * 2**exponent``: the tensors stay near one, the exponent is one float64 number. Scaling by a
-power of two changes no bit of a mantissa, so nothing is lost. Nothing here waits for the device.
+may be carried as ``tensors * 2**exponent``: the tensors stay near one, the exponent is one float64 number. Scaling by
+a power of two changes no bit of a mantissa, so nothing is lost. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,16 +25,19 @@ def largest_exponent(tensors: Sequence[Tensor]) -> Tensor:
         >>> largest_exponent([torch.tensor([0.3, -9.0])])
         tensor(3., dtype=torch.float64)
     """
-    # A zero-element tensor has no maximum norm.
-    norms = [tensor.detach().abs().amax().double() for tensor in tensors if tensor.numel()]
+    # A tensor without elements has no maximum norm.
+    norms = torch._foreach_norm([tensor.detach() for tensor in tensors if tensor.numel()], math.inf)
     if not norms:
         return torch.zeros((), dtype=torch.float64)
-    exponent = torch.stack(norms).amax().log2().floor()
-    return torch.where(exponent.isfinite(), exponent, torch.zeros_like(exponent))
+    exponent = torch.stack([norm.double() for norm in norms]).amax().log2().floor()
+    return torch.where(exponent.isfinite(), exponent, 0.0)
 
 
 def multiply(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """Each tensor times a 0-dim factor, in the tensor's own dtype."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1:
+        return list(torch._foreach_mul(list(tensors), factor.to(dtypes.pop())))
     return [tensor * factor.to(tensor.dtype) for tensor in tensors]
 
 
@@ -51,15 +55,13 @@ class ScaledVector:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], exponent: Tensor | float = 0.0) -> ScaledVector:
-        """A scaled vector, normalised so that its largest entry lies in [1, 2)."""
+        """A scaled vector, normalised so that its largest entry lies in [1, 2) (subnormal numbers come close)."""
         device = tensors[0].device
         start = torch.as_tensor(exponent, dtype=torch.float64, device=device)
-        shift = largest_exponent(tensors).to(device)
-        shift = torch.maximum(shift, _SMALLEST_EXPONENT - start)
-        # Two halves, since 2**-shift itself may leave the range of the tensors' dtype.
-        half = torch.exp2(-(shift / 2).floor())
-        rest = torch.exp2(-(shift - (shift / 2).floor()))
-        return cls(multiply(multiply(tensors, half), rest), start + shift)
+        # 2**-shift has to be a number of every dtype as well.
+        limit = min(math.floor(math.log2(torch.finfo(tensor.dtype).max)) - 1 for tensor in tensors)
+        shift = torch.maximum(largest_exponent(tensors).to(device), _SMALLEST_EXPONENT - start).clamp(-limit, limit)
+        return cls(multiply(tensors, torch.exp2(-shift)), start + shift)
 
     def at_exponent(self, exponent: Tensor) -> list[Tensor]:
         """The mantissas that the vector has at another exponent."""
@@ -74,10 +76,11 @@ class ScaledVector:
 
 def log2_norm(vector: ScaledVector) -> Tensor:
     """``log2`` of the Euclidean norm; 0-dim float64, ``-inf`` for the zero vector."""
-    squares = [tensor.detach().double().square().sum() for tensor in vector.tensors]
-    return vector.exponent + 0.5 * torch.stack(squares).sum().log2()
+    norms = torch._foreach_norm([tensor.detach() for tensor in vector.tensors])
+    return vector.exponent + torch.stack([norm.double() for norm in norms]).norm().log2()
 
 
 def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Sum of all products, accumulated in float64; 0-dim."""
-    return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in zip(left, right, strict=True)]).sum()
+    products = torch._foreach_mul(list(left), list(right))
+    return torch.stack([product.sum(dtype=torch.float64) for product in products]).sum()

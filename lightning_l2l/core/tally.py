@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -99,8 +98,8 @@ class Tally:
         )
 
 
-def rate_per_step(log2_norms: Sequence[Tensor]) -> Tensor | float:
-    """Mean growth per step, natural logarithm, from the first to the last of a sequence of ``log2`` norms."""
-    if len(log2_norms) < 2:
+def rate_per_step(before: Tensor | None, after: Tensor | None, steps: int) -> Tensor | float:
+    """Mean growth per step, natural logarithm, between two ``log2`` norms; NaN where one is missing."""
+    if before is None or after is None or steps < 1:
         return math.nan
-    return (log2_norms[-1] - log2_norms[0]) * (math.log(2.0) / (len(log2_norms) - 1))
+    return (after - before) * (math.log(2.0) / steps)

@@ -6,23 +6,24 @@ product. Memory does not grow with the number of steps, so this is the estimator
 horizon. Cost: one Hessian-vector product (about two gradients) per step and scalar meta-parameter.
 
 The Hessian-vector product is a second reverse pass, not forward-mode differentiation of the loss: it supports every
-operation that has a second derivative, works under autocast, and costs less (docs, "cost"). Only the update rule itself, a
-few elementwise operations, goes through forward-mode numbers.
+operation that has a second derivative, works under autocast, and costs less. So is the derivative of the update rule
+(:mod:`lightning_l2l.core.linearised_update`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lightning_l2l.core.inner_step import InnerStep, Iterate
+from lightning_l2l.core.linearised_update import LinearisedUpdate
 from lightning_l2l.core.objectives import Objective
 from lightning_l2l.core.result import MetaGradient
-from lightning_l2l.core.scaled import ScaledVector, inner_product, largest_exponent, log2_norm, multiply
+from lightning_l2l.core.scaled import ScaledVector, inner_product, largest_exponent, log2_norm
 from lightning_l2l.core.tally import Tally, rate_per_step
 
 # (name of the meta-parameter, flat index of the scalar in it)
@@ -57,7 +58,7 @@ def forward(
     tangents: list[ScaledVector | None] = [None] * len(directions)
     log_scale = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
     slopes = [torch.zeros_like(log_scale) for _ in directions]
-    norms: list[Tensor] = []
+    first_norm = last_norm = None
 
     for taken, batch in enumerate(batches, start=1):
         loss = step.evaluate(iterate, batch)
@@ -66,7 +67,9 @@ def forward(
         iterate, tangents = advance(step, iterate, loss, meta, directions, tangents)
         if step.homogeneity is not None:
             iterate, tangents, log_scale = rescale(iterate, tangents, log_scale)
-        norms.append(_largest_norm(tangents) + log_scale / torch.log(log_scale.new_tensor(2.0)))
+        if taken == 1 or taken == len(batches):
+            last_norm = _largest_norm(tangents) + log_scale / math.log(2.0)
+            first_norm = last_norm if first_norm is None else first_norm
         if taken in tally.weights:
             meta_loss, gradients = step.judge(iterate, meta_batch)
             slope, exponent = tally.add(taken, meta_loss, log_scale)
@@ -78,7 +81,7 @@ def forward(
     found = {name: torch.zeros_like(tensor) for name, tensor in meta.items()}
     for (name, place), value in zip(directions, slopes, strict=True):
         found[name].view(-1)[place] = value.to(found[name].dtype)
-    return tally.result("forward", reason, found, rate_per_step(norms)), iterate
+    return tally.result("forward", reason, found, rate_per_step(first_norm, last_norm, len(batches) - 1)), iterate
 
 
 def advance(
@@ -101,18 +104,18 @@ def advance(
     """
     moving = any(tangent is not None for tangent in tangents)
     gradients = step.gradients(loss, iterate, create_graph=step.second_order and moving)
-    values = {name: None if gradient is None else gradient.detach() for name, gradient in gradients.items()}
-    primal = iterate.with_leaves([leaf.detach() for leaf in iterate.leaves()])
-
-    following: Iterate | None = None
+    update = LinearisedUpdate(step, iterate, gradients, meta)
+    zero = torch.zeros((), dtype=torch.float64, device=loss.device)
     moved: list[ScaledVector | None] = []
-    for index, (direction, tangent) in enumerate(zip(directions, tangents, strict=True)):
-        keep_graph = index < len(directions) - 1
-        curvature = _hessian_vector_product(step, iterate, gradients, tangent, keep_graph)
-        following, leaves, exponent = _push(step, primal, values, curvature, meta, direction, tangent)
+    for index, ((name, place), tangent) in enumerate(zip(directions, tangents, strict=True)):
+        curvature = _hessian_vector_product(step, iterate, gradients, tangent, index < len(directions) - 1)
+        exponent = zero if tangent is None else tangent.exponent
+        # The tangents are mantissas; the unit step of the meta-parameter is brought to the same exponent.
+        unit = torch.zeros_like(meta[name])
+        unit.view(-1)[place] = torch.exp2(-exponent)
+        leaves = update.along(None if tangent is None else tangent.tensors, curvature, {name: unit})
         moved.append(ScaledVector.of(leaves, exponent))
-    assert following is not None
-    return following.fresh(), moved
+    return update.following.fresh(), moved
 
 
 def rescale(
@@ -123,7 +126,7 @@ def rescale(
     scaled = ScaledVector(iterate.leaves(), -exponent).at_exponent(torch.zeros_like(exponent))
     following = iterate.with_leaves([leaf.detach().requires_grad_() for leaf in scaled])
     moved = [None if t is None else ScaledVector(t.tensors, t.exponent - exponent) for t in tangents]
-    return following, moved, log_scale + exponent * torch.log(exponent.new_tensor(2.0))
+    return following, moved, log_scale + exponent * math.log(2.0)
 
 
 def _hessian_vector_product(
@@ -148,44 +151,6 @@ def _hessian_vector_product(
         allow_unused=True,
     )
     return dict(zip(iterate.parameters, products, strict=True))
-
-
-def _push(
-    step: InnerStep,
-    primal: Iterate,
-    gradients: dict[str, Tensor | None],
-    curvature: dict[str, Tensor | None],
-    meta: dict[str, Tensor],
-    direction: Direction,
-    tangent: ScaledVector | None,
-) -> tuple[Iterate, list[Tensor], Tensor]:
-    """The update rule on dual numbers: the next iterate, its tangent and the tangent's exponent."""
-    leaves = primal.leaves()
-    exponent = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
-    with forward_ad.dual_level():
-        if tangent is not None:
-            exponent = tangent.exponent
-            leaves = [forward_ad.make_dual(x, dx) for x, dx in zip(leaves, tangent.tensors, strict=True)]
-        along = dict(meta)
-        name, place = direction
-        unit = torch.zeros_like(meta[name])
-        unit.view(-1)[place] = 1.0
-        # The tangents are mantissas; the unit step of the meta-parameter is brought to the same exponent.
-        along[name] = forward_ad.make_dual(meta[name], multiply([unit], torch.exp2(-exponent))[0])
-        bent = {
-            key: gradient
-            if gradient is None or curvature[key] is None
-            else forward_ad.make_dual(gradient, curvature[key])
-            for key, gradient in gradients.items()
-        }
-        following = step.update(primal.with_leaves(leaves), bent, along)
-        split = [forward_ad.unpack_dual(leaf) for leaf in following.leaves()]
-        values = [part.primal.detach() for part in split]
-        tangents = [
-            torch.zeros_like(value) if part.tangent is None else part.tangent.detach()
-            for value, part in zip(values, split, strict=True)
-        ]
-    return following.with_leaves(values), tangents, exponent
 
 
 def _largest_norm(tangents: Sequence[ScaledVector | None]) -> Tensor:

@@ -1,0 +1,222 @@
+"""The same training steps for many particles at once, each with meta-parameters of its own.
+
+A particle's tensors are slices of tensors with one more dimension in front. ``torch.func.vmap`` computes loss and update
+of all particles in one go; a loss that it cannot batch (an LSTM, a ``.item()``, a branch on a value) is called for one
+particle after the other instead. Both give the same numbers: every particle sees the same batches and the same random
+numbers (dropout), which also makes their differences less noisy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from lightning_l2l.core.estimators.particles import Batching
+from lightning_l2l.core.inner_step import InnerStep, Iterate, Tensors
+from lightning_l2l.core.objectives import Objective, is_logarithmic, objective_weights
+from lightning_l2l.core.random_state import RandomState
+
+_BATCHED = "all particles at once"
+
+
+@dataclass(frozen=True)
+class ParticleRun:
+    """What an unroll of many particles gave.
+
+    Attributes:
+        values: The meta-objective of each particle; ``[particles]``, float64.
+        iterate: Where the particles arrived, with the particle as the first dimension of every tensor.
+        losses: The inner loss of each step and particle; ``[steps, particles]``, float64.
+        how: How the particles were computed.
+    """
+
+    values: Tensor
+    iterate: Iterate
+    losses: Tensor
+    how: str
+
+
+def spread(iterate: Iterate, count: int) -> Iterate:
+    """That many copies of an iterate, as one with a particle dimension in front."""
+
+    def copies(leaf: Any) -> Any:
+        return leaf.detach().expand(count, *leaf.shape).clone() if isinstance(leaf, Tensor) else leaf
+
+    return Iterate(
+        {name: copies(tensor) for name, tensor in iterate.parameters.items()},
+        optree.tree_map(copies, iterate.state),
+        {name: copies(tensor) for name, tensor in iterate.buffers.items()},
+    )
+
+
+def particle(iterate: Iterate, index: int) -> Iterate:
+    """One particle of many, as an ordinary iterate."""
+    pick: Callable[[Any], Any] = lambda leaf: leaf[index].detach().clone() if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    return Iterate(
+        {name: pick(tensor) for name, tensor in iterate.parameters.items()},
+        optree.tree_map(pick, iterate.state),
+        {name: pick(tensor) for name, tensor in iterate.buffers.items()},
+    )
+
+
+def unroll(
+    step: InnerStep,
+    start: Iterate,
+    meta: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    meta_batch: Any,
+    objective: Objective,
+    *,
+    batching: Batching = "auto",
+    loss_limit: float | None = None,
+    differentiable: bool = False,
+) -> ParticleRun:
+    """Train every particle with its own meta-parameters and evaluate the meta-objective of each.
+
+    Args:
+        step: The inner training step.
+        start: The particles' iterates, with the particle as the first dimension.
+        meta: The particles' meta-parameters, likewise.
+        batches: One batch per inner step, the same for all particles.
+        meta_batch: The batch that the meta-objective is evaluated on.
+        objective: The meta-objective.
+        batching: How to compute the particles, see :class:`~lightning_l2l.core.estimators.particles.Particles`.
+        loss_limit: Meta-losses count as at most this.
+        differentiable: Whether ``values`` keeps its graph, back to ``meta``.
+
+    Raises:
+        ValueError: The objective takes the logarithm of a negative loss.
+    """
+    with warnings.catch_warnings():
+        # Operations that vmap takes one particle after the other, inside: slow, but right.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        arguments = (start, meta, batches, meta_batch, objective, loss_limit, differentiable)
+        if batching == "loop":
+            return _unroll(_Mapped(step, False), *arguments, "one particle after the other")
+        if batching == "vmap":
+            return _unroll(_Mapped(step, True), *arguments, _BATCHED)
+        before = RandomState.now({leaf.device for leaf in start.leaves()})
+        try:
+            return _unroll(_Mapped(step, True), *arguments, _BATCHED)
+        except Exception as error:  # if it is not vmap's, the loop raises it again
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        before.restore()
+        how = f"one particle after the other, since torch.func.vmap cannot batch the training step ({reason})"
+        return _unroll(_Mapped(step, False), *arguments, how)
+
+
+def _unroll(
+    mapped: _Mapped,
+    iterate: Iterate,
+    meta: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    meta_batch: Any,
+    objective: Objective,
+    loss_limit: float | None,
+    differentiable: bool,
+    how: str,
+) -> ParticleRun:
+    weights = objective_weights(objective, len(batches))
+    logarithmic = is_logarithmic(objective)
+    values: Tensor | None = None
+    losses = []
+    for taken, batch in enumerate(batches, start=1):
+        if not differentiable or taken == 1:
+            iterate = iterate.with_leaves([leaf.detach().requires_grad_() for leaf in iterate.leaves()])
+        loss, buffers = mapped.evaluate(iterate, batch)
+        losses.append(loss.detach().double())
+        create_graph = differentiable and mapped.step.second_order
+        gradients = mapped.step.gradients(loss.sum(), iterate, create_graph=create_graph)
+        with nullcontext() if differentiable else torch.no_grad():
+            iterate = replace(mapped.update(iterate, gradients, meta), buffers=buffers)
+        if taken in weights:
+            with nullcontext() if differentiable else torch.no_grad():
+                judged = mapped.evaluate(iterate, meta_batch)[0].double()
+                values = _added(values, judged, weights[taken], logarithmic, loss_limit)
+    assert values is not None
+    return ParticleRun(values, iterate.with_leaves([x.detach() for x in iterate.leaves()]), torch.stack(losses), how)
+
+
+def _added(
+    values: Tensor | None, judged: Tensor, weight: float, logarithmic: bool, loss_limit: float | None
+) -> Tensor:
+    if loss_limit is not None:
+        judged = torch.where(judged.isfinite(), judged, loss_limit).clamp(max=loss_limit)
+    if logarithmic:
+        if bool((judged < 0).any()):
+            raise ValueError(
+                f"The meta-loss is negative ({judged.min().item():.4g}), so its logarithm does not exist. Use "
+                "objective='naive' (or 'naive_mean'), or make the loss positive."
+            )
+        judged = judged.log()
+    return weight * judged if values is None else values + weight * judged
+
+
+class _Mapped:
+    """An inner step whose tensors have a particle dimension in front."""
+
+    def __init__(self, step: InnerStep, batched: bool) -> None:
+        self.step = step
+        self._batched = batched
+
+    def evaluate(self, iterate: Iterate, batch: Any) -> tuple[Tensor, Tensors]:
+        """The loss of each particle, and the buffers after it was computed."""
+
+        def one(parameters: Tensors, buffers: Tensors) -> tuple[Tensor, Tensors]:
+            own = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+            return self.step.evaluate(Iterate(parameters, None, own), batch), own
+
+        losses, buffers = self._over_particles(one, iterate.parameters, iterate.buffers)
+        return losses, {name: buffer.detach() for name, buffer in buffers.items()}
+
+    def update(
+        self, iterate: Iterate, gradients: Mapping[str, Tensor | None], meta: Mapping[str, Tensor]
+    ) -> Iterate:
+        """The next iterate of each particle; the buffers stay."""
+        flat, structure = optree.tree_flatten(iterate.state)
+        present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        # Numbers in the state (a step count) are the same for all particles and go past vmap.
+        following: list[Any] = []
+
+        def one(parameters: Tensors, tensors: list[Tensor], gradients: Tensors, meta: Tensors) -> Any:
+            given = iter(tensors)
+            state = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+            own = Iterate(parameters, optree.tree_unflatten(structure, state), {})
+            moved = self.step.update(own, {name: gradients.get(name) for name in parameters}, meta)
+            leaves, following[:] = optree.tree_flatten(moved.state)[0], [moved.state]
+            return moved.parameters, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        parameters, moved = self._over_particles(one, iterate.parameters, tensors, present, dict(meta))
+        leaves, structure = optree.tree_flatten(following[0])
+        rest = iter(moved)
+        state = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return replace(iterate, parameters=parameters, state=optree.tree_unflatten(structure, state))
+
+    def _over_particles(self, function: Callable[..., Any], *trees: Any) -> Any:
+        """``function`` for each particle: its arguments are slices, its results are stacked."""
+        leaves, structure = optree.tree_flatten(trees)
+        shapes: list[Any] = []
+
+        # vmap walks through trees in Python; flat lists of tensors spare it half of its time.
+        def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
+            found, shape = optree.tree_flatten(function(*optree.tree_unflatten(structure, leaves)))
+            shapes[:] = [shape]
+            return tuple(found)
+
+        if self._batched:
+            stacked = torch.func.vmap(flat, randomness="same")(*leaves)
+            return optree.tree_unflatten(shapes[0], stacked)
+        before = RandomState.now({leaf.device for leaf in leaves})
+        found = []
+        for index in range(len(leaves[0])):
+            before.restore()
+            found.append(flat(*[leaf[index] for leaf in leaves]))
+        return optree.tree_unflatten(shapes[0], [torch.stack(parts) for parts in zip(*found, strict=True)])
