@@ -4,15 +4,27 @@ from lightning_l2l.__about__ import __version__
 from lightning_l2l.callback import LearnToLearn
 from lightning_l2l.core.meta_gradient import meta_gradient
 from lightning_l2l.core.result import Diagnostics, MetaGradient
-from lightning_l2l.optimizers import LearnedHyperparameters, LearnedOptimizer, LearnedStepSize
+from lightning_l2l.optimizers import (
+    LearnedHyperparameters,
+    LearnedOptimizer,
+    LearnedStepSize,
+    LSTMOptimizer,
+    MLPOptimizer,
+    SmallFCOptimizer,
+    TinyOptimizer,
+)
 
 __all__ = [
     "Diagnostics",
+    "LSTMOptimizer",
     "LearnToLearn",
     "LearnedHyperparameters",
     "LearnedOptimizer",
     "LearnedStepSize",
+    "MLPOptimizer",
     "MetaGradient",
+    "SmallFCOptimizer",
+    "TinyOptimizer",
     "__version__",
     "meta_gradient",
 ]

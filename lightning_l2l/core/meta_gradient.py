@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.core import estimators
+from lightning_l2l.core.estimators import Particles
 from lightning_l2l.core.inner_step import InnerStep, Iterate, Loss
 from lightning_l2l.core.objectives import Objective, check_objective
+from lightning_l2l.core.plan import choose_estimator
+from lightning_l2l.core.random_state import RandomState
 from lightning_l2l.core.result import MetaGradient
+from lightning_l2l.core.second_order import lacks_second_derivative
 from lightning_l2l.optimizers.base import LearnedOptimizer
 
-Estimator = Literal["auto", "forward", "reverse"]
+Estimator = Literal["auto", "forward", "reverse", "segmented", "es", "mixed"]
 
-# Forward mode pays one Hessian-vector product per scalar and step, reverse mode about as much for all of them.
-_LARGEST_FORWARD = 2
+# These carry something from one window of an episode to the next.
+_OVER_WINDOWS = ("truncated", "pes", "es_single")
 
-_ESTIMATORS: dict[
-    str, Callable[[InnerStep, Iterate, Sequence[Any], Any, Objective, str], tuple[MetaGradient, Iterate]]
-] = {
+_EXACT: dict[str, Callable[[InnerStep, Iterate, Sequence[Any], Any, Objective, str], tuple[MetaGradient, Iterate]]] = {
     "forward": estimators.forward,
     "reverse": estimators.reverse,
+    "segmented": estimators.segmented,
 }
+_SAMPLED = {"es": estimators.es, "mixed": estimators.mixed}
 
 
 def check_estimator(estimator: str) -> None:
@@ -33,26 +37,15 @@ def check_estimator(estimator: str) -> None:
     Raises:
         ValueError: ``estimator`` is not one of the names.
     """
+    if estimator in _OVER_WINDOWS:
+        same = "'reverse'" if estimator == "truncated" else "'es'"
+        raise ValueError(
+            f"estimator={estimator!r} carries state from one window of a training to the next, but here every unroll "
+            f"stands alone, and {estimator!r} would be the same as {same}. Use that, or "
+            f"lightning_l2l.core.windows.WindowEstimator({estimator!r}) in a loop over windows."
+        )
     if estimator not in get_args(Estimator):
         raise ValueError(f"estimator={estimator!r} is not known; choose one of {list(get_args(Estimator))}.")
-
-
-def choose_estimator(learned: nn.Module, estimator: Estimator) -> tuple[str, str]:
-    """The estimator that ``"auto"`` stands for, and why.
-
-    Args:
-        learned: The learned optimizer; its parameters that require a gradient are counted.
-        estimator: The name asked for.
-
-    Returns:
-        The name of an estimator and a sentence.
-    """
-    if estimator != "auto":
-        return estimator, "asked for"
-    count = sum(tensor.numel() for tensor in learned.parameters() if tensor.requires_grad)
-    if count <= _LARGEST_FORWARD:
-        return "forward", f"{count} scalar meta-parameter(s): memory does not grow with the unroll"
-    return "reverse", f"{count} scalar meta-parameters: one backward pass serves all of them"
 
 
 def meta_gradient(
@@ -68,6 +61,7 @@ def meta_gradient(
     buffers: Mapping[str, Tensor] | None = None,
     gradient_transformation: GradientTransformation | None = None,
     second_order: bool = True,
+    particles: Particles | None = None,
 ) -> MetaGradient:
     """How a meta-objective after some training steps depends on the meta-parameters of a learned optimizer.
 
@@ -90,15 +84,21 @@ def meta_gradient(
         meta_batch: The batch that the meta-objective is evaluated on: held-out data, unless you know better.
         objective: ``"log"``, ``"naive"``, ``"log_mean"`` or ``"naive_mean"``; see
             :mod:`lightning_l2l.core.objectives`.
-        estimator: ``"forward"`` (memory independent of the number of steps, cost proportional to the number of scalar
-            meta-parameters), ``"reverse"`` (cost independent of that number, memory proportional to the
-            number of steps) or ``"auto"``.
+        estimator: How the gradient is computed (docs, "which estimator").
+            ``"forward"``: exact, memory independent of the number of steps, cost proportional to the number of scalar
+            meta-parameters. ``"reverse"``: exact, cost independent of that number, memory proportional to the number of
+            steps. ``"segmented"``: the numbers of reverse with the memory of about ``sqrt(K)`` steps, for one more
+            training step per step. ``"es"``: evolution strategies, an unbiased, noisy estimate for a smoothed
+            objective that needs no second derivatives. ``"mixed"``: the inverse-variance mix of es and reverse.
+            ``"auto"``: forward for up to two scalars, else reverse, or segmented where that does not fit; if an
+            operation turns out to have no second derivative, es. ``diagnostics.reason`` says which and why.
         state: The inner optimizer's state to start from, e.g. from :func:`~lightning_l2l.core.inner.read_state`;
             ``None`` for a fresh optimizer.
         buffers: Tensors that the loss reads, and may write in place, by name; copied before every step.
         gradient_transformation: A stateless torchopt transformation of the inner gradients, e.g. a clipping from
             :mod:`lightning_l2l.core.clip`.
         second_order: ``False`` leaves out the derivative of the inner gradients: cheaper and wrong in general.
+        particles: For ``"es"`` and ``"mixed"``: how many, how far apart, how computed.
 
     Returns:
         Value, gradients by meta-parameter name, diagnostics.
@@ -107,6 +107,7 @@ def meta_gradient(
         TypeError: The loss is not one floating-point number.
         ValueError: No batches, no meta-parameters, a loss that depends on no parameter, or the logarithm of a
             negative loss.
+        RuntimeError: The estimator that was asked for needs a second derivative that an operation does not have.
 
     Example:
         >>> import torch
@@ -137,7 +138,38 @@ def meta_gradient(
     homogeneity = getattr(loss, "homogeneity", None)
     linear = learned.scale_equivariant and gradient_transformation is None
     step = InnerStep(loss, learned, gradient_transformation, second_order, homogeneity if linear else None)
-    name, reason = choose_estimator(learned, estimator)
     start = step.start(params, state, buffers or {})
-    result, _ = _ESTIMATORS[name](step, start, batches, meta_batch, objective, reason)
+    name, reason = choose_estimator(learned, estimator, step, start, batches)
+    before = RandomState.now({leaf.device for leaf in start.leaves()})
+    try:
+        return _estimate(name, step, start, batches, meta_batch, objective, reason, particles)
+    except RuntimeError as error:
+        missing = lacks_second_derivative(error)
+        if missing is None or name == "es":
+            raise
+        if estimator != "auto":
+            raise RuntimeError(
+                f"estimator={name!r} differentiates the training step twice, and {missing} cannot be. Use "
+                "estimator='es', which needs no second derivative, second_order=False, which leaves it out (biased), "
+                "or another operation. lightning_l2l.check shows all operations of that kind."
+            ) from error
+        reason = f"{missing} has no second derivative, and evolution strategies need none"
+    before.restore()
+    return _estimate("es", step, start, batches, meta_batch, objective, reason, particles)
+
+
+def _estimate(
+    name: str,
+    step: InnerStep,
+    start: Iterate,
+    batches: Sequence[Any],
+    meta_batch: Any,
+    objective: Objective,
+    reason: str,
+    particles: Particles | None,
+) -> MetaGradient:
+    if name in _SAMPLED:
+        result, _ = _SAMPLED[name](step, start, batches, meta_batch, objective, reason, particles)
+    else:
+        result, _ = _EXACT[name](step, start, batches, meta_batch, objective, reason)
     return result

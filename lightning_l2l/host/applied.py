@@ -9,12 +9,13 @@ schedulers do not erase the learned factor and recursive ones do not compound it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_l2l.core.inner import InnerOptimizer, mirror
@@ -27,11 +28,17 @@ Values = dict[str, Any]
 class AppliedValues:
     """Keeps scheduled and applied values apart in one optimizer.
 
+    What somebody else writes into a group is taken for the new scheduled value. So writing a rate is fine at any time,
+    as a warm-up in ``optimizer_step`` does; multiplying the rate that is there multiplies the learned factor in.
+
     Args:
         optimizer: The user's live optimizer.
         module: The module that owns the parameters.
         learned: The learned optimizer; it is attached here, to the scheduled values.
         saved: What :meth:`state_dict` returned in the run that is resumed.
+
+    Raises:
+        MisconfigurationException: The learned optimizer sets no values, so there is nothing to apply.
     """
 
     def __init__(
@@ -50,7 +57,15 @@ class AppliedValues:
         if saved is not None and len(saved["written"]) <= len(optimizer.param_groups):
             self._scheduled = [dict(values) for values in saved["scheduled"]]
             self._written = [dict(values) for values in saved["written"]]
-        self.refresh()
+        self._read()
+        learned.attach(self.inner())
+        if not any(learned.values()):
+            raise MisconfigurationException(
+                f"LearnToLearn(learned={type(learned).__name__}()) would learn something that is never applied: it "
+                "sets no hyperparameter of your optimizer. Use LearnedStepSize or LearnedHyperparameters here; train "
+                "other learned optimizers with MetaTraining."
+            )
+        self._write()
 
     def refresh(self, *, force: bool = False) -> None:
         """Take over what somebody else has written into the groups since, and apply the learned values again.
@@ -58,9 +73,34 @@ class AppliedValues:
         Args:
             force: Also when nobody has: after the learned values have changed.
         """
+        self.join()
         if self._read() or force:
             self._learned.attach(self.inner())
             self._write()
+
+    @property
+    def scheduled_rates(self) -> list[float]:
+        """The learning rate of each group without what is learned."""
+        groups = zip(self._optimizer.param_groups, self._scheduled, strict=True)
+        return [float(values.get("lr", group["lr"])) for group, values in groups]
+
+    def learned_rate(self) -> float:
+        """The learning rate that the learned optimizer gives the first group where it is attached now."""
+        return float(_shown(self.values()[0]["lr"]))
+
+    @contextmanager
+    def attached_to(self, rates: Sequence[float]) -> Iterator[None]:
+        """Inside, the learned optimizer sits on these rates; the groups do not change."""
+        inner = self.inner()
+        groups = [
+            replace(group, hyperparameters={**group.hyperparameters, "lr": rate})
+            for group, rate in zip(inner.groups, rates, strict=True)
+        ]
+        self._learned.attach(replace(inner, groups=tuple(groups)))
+        try:
+            yield
+        finally:
+            self._learned.attach(inner)
 
     @property
     def learning_rates(self) -> list[float]:
@@ -68,17 +108,16 @@ class AppliedValues:
         return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def values(self) -> list[Values]:
-        """What the learned optimizer makes of the scheduled values; empty for one that has none."""
+        """What the learned optimizer makes of the scheduled values, for each group."""
         return self._learned.values()
 
     @contextmanager
     def scheduled(self) -> Iterator[None]:
         """Inside, the groups show the scheduled values; whatever they show at the end is the new schedule."""
         self.refresh()
-        for group, values in zip(self._optimizer.param_groups, self._scheduled, strict=True):
+        for group, values, written in zip(self._optimizer.param_groups, self._scheduled, self._written, strict=True):
             for key, value in values.items():
-                _set(group, key, value)
-        self._written = [dict(values) for values in self._scheduled]
+                written[key] = _set(group, key, value)
         try:
             yield
         finally:
@@ -144,11 +183,8 @@ class AppliedValues:
     def _write(self) -> None:
         for index, (group, values) in enumerate(zip(self._optimizer.param_groups, self.values(), strict=True)):
             for key, value in values.items():
-                if key not in self._scheduled[index]:
-                    self._scheduled[index][key] = _get(group, key)
-                shown = _geometric_mean(list(value.values())) if isinstance(value, dict) else value
-                _set(group, key, shown)
-                self._written[index][key] = shown
+                self._scheduled[index].setdefault(key, _get(group, key))
+                self._written[index][key] = _set(group, key, _shown(value))
 
 
 def _split_betas(values: Values) -> Values:
@@ -165,16 +201,24 @@ def _get(group: dict[str, Any], key: str) -> Any:
     return float(value)
 
 
-def _set(group: dict[str, Any], key: str, value: Any) -> None:
+def _set(group: dict[str, Any], key: str, value: Any) -> Any:
+    """Writes a value, and returns it as it will be read: a tensor rate may round it."""
     if isinstance(group[key], Tensor):
         group[key].fill_(value)  # a tensor rate (capturable, compiled steps) is read by reference
     else:
         group[key] = value
+    return _get(group, key)
 
 
-def _geometric_mean(values: list[float]) -> float:
-    if not values:
-        return math.nan
-    if len(set(values)) == 1:
-        return values[0]
-    return math.exp(sum(math.log(value) for value in values) / len(values))
+def _shown(value: Any) -> Any:
+    """What a group shows where every tensor has its own value: the geometric mean."""
+    if not isinstance(value, dict):
+        return value
+    values = list(value.values())
+    if not values or len(set(values)) == 1:
+        return values[0] if values else math.nan
+    if isinstance(values[0], tuple):
+        return tuple(_shown(dict(enumerate(column))) for column in zip(*values, strict=True))
+    if min(values) <= 0:
+        return sum(values) / len(values)
+    return math.exp(sum(math.log(item) for item in values) / len(values))

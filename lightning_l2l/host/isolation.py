@@ -6,7 +6,9 @@ Parameters and buffers need none: they are passed functionally (:mod:`lightning_
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,17 +17,20 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
-from torchmetrics import Metric
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+# What nn.Module itself keeps in __dict__: functional_call works on the very dictionaries.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @contextmanager
 def isolated_random_state(seed: int) -> Iterator[None]:
     """Seeds all generators, and puts back the state that they had.
 
-    Covers torch on the CPU and on every initialised accelerator, numpy's global generator, and :mod:`random`.
+    Covers torch on the CPU and on initialised CUDA devices, numpy's global generator, and :mod:`random`.
     Lightning's own ``isolate_rng`` loses the state when an exception passes through it (2.6.6).
 
     Args:
@@ -35,7 +40,10 @@ def isolated_random_state(seed: int) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+            # Not torch.manual_seed: on an uninitialised CUDA device that would leave a seed behind for later.
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
             yield
@@ -70,7 +78,8 @@ def muted_logging(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
                 stack.enter_context(hidden_attribute(child, "log", _ignore))
                 stack.enter_context(hidden_attribute(child, "log_dict", _ignore))
         try:
-            trainer.loggers = [DummyLogger()]
+            if loggers:  # without one, `self.logger` is None inside as well
+                trainer.loggers = [DummyLogger()]
             yield
         finally:
             trainer.loggers = loggers
@@ -86,30 +95,44 @@ def _is_lightning_module(module: nn.Module) -> bool:
 
 
 @contextmanager
-def preserved_metrics(module: nn.Module) -> Iterator[None]:
-    """Every torchmetrics state in the module is the same object with the same content before and after.
+def preserved_attributes(module: nn.Module) -> Iterator[None]:
+    """Every attribute of every submodule is the same object, with the same content, before and after.
 
-    Metric states are ordinary attributes, so substituting parameters and buffers does not reach them.
+    Substituting parameters and buffers does not reach ordinary attributes: the states of torchmetrics, counters, lists
+    that a step appends to, the train or eval mode. Inside, tensors and plain containers (two levels deep) are
+    working copies. Objects of other classes are shared, so what a step changes *inside* them stays changed.
     """
-    saved: list[tuple[Metric, dict[str, Any]]] = []
-    for metric in (child for child in module.modules() if isinstance(child, Metric)):
-        names = [*metric._defaults, "_update_count", "_computed", "_forward_cache", "_to_sync", "_should_unsync"]
-        saved.append((metric, {name: metric.__dict__[name] for name in names if name in metric.__dict__}))
+    saved = [(child, dict(vars(child))) for child in module.modules()]
     try:
-        for metric, state in saved:
-            for name in metric._defaults:
-                if name in state:
-                    metric.__dict__[name] = _copied(state[name])
+        for child, attributes in saved:
+            for name, value in attributes.items():
+                if name not in _OF_EVERY_MODULE:
+                    vars(child)[name] = _working_copy(value)
         yield
     finally:
-        for metric, state in saved:
-            metric.__dict__.update(state)
+        for child, attributes in saved:
+            present = vars(child)
+            for name in [name for name in present if name not in attributes]:
+                del present[name]
+            present.update(attributes)
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+def _working_copy(value: Any, depth: int = 2) -> Any:
+    if type(value) is torch.Tensor and not value.requires_grad:
         return value.detach().clone()
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+    if depth == 0 or type(value) not in _CONTAINERS:
+        return value
+    copied = copy.copy(value)
+    # Tensors in containers are shared: states of torchmetrics that are lists are appended to, and may be large.
+    if isinstance(copied, dict):
+        for key, item in value.items():
+            if type(item) in _CONTAINERS:
+                copied[key] = _working_copy(item, depth - 1)
+    elif isinstance(copied, (list, deque)):
+        for index, item in enumerate(value):
+            if type(item) in _CONTAINERS:
+                copied[index] = _working_copy(item, depth - 1)
+    return copied
 
 
 @contextmanager
@@ -119,11 +142,16 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
     Attention is taken care of in the core. Compiled code: "does not currently support double backward" (torch 2.13).
     """
     with ExitStack() as stack:
-        if any("_orig_mod" in name for name, _ in module.named_modules()) or hasattr(module, "_compiler_ctx"):
+        if hasattr(module, "_compiler_ctx") or any(_is_compiled(child) for child in module.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.cuda.is_initialized() and any(isinstance(child, nn.RNNBase) for child in module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # torch.compile(child) wraps it; child.compile() marks it.
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 @contextmanager
@@ -131,8 +159,8 @@ def invisible(trainer: pl.Trainer, module: nn.Module, seed: int) -> Iterator[Non
     """All of the above, with gradients on: for calls of the user's training step that the run must not notice."""
     with (
         isolated_random_state(seed),
+        preserved_attributes(module),
         muted_logging(trainer, module),
-        preserved_metrics(module),
         twice_differentiable_kernels(module),
         torch.enable_grad(),
     ):

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_l2l.host.trainer import is_stub, live_optimizer, loads_from_iterator
+from lightning_l2l.core.inner import mirror
+from lightning_l2l.host.trainer import is_stub, live_optimizer, loads_from_iterator, overrides
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -62,17 +63,11 @@ def refuse_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "derivative of it is wrong, silently, so every meta-gradient would be. Remove it with "
             "torch.nn.utils.parametrize.remove_parametrizations, or use LayerNorm."
         )
-    if trainer.gradient_clip_val is not None and _overrides_clipping(module):
+    if overrides(module, "configure_gradient_clipping"):
         raise MisconfigurationException(
             "LearnToLearn cannot unroll a configure_gradient_clipping of your own: it changes gradients in place, "
             "which has no derivative. Use gradient_clip_val and gradient_clip_algorithm of the Trainer alone."
         )
-
-
-def _overrides_clipping(module: nn.Module) -> bool:
-    # Not Lightning's `is_overridden`: that one does not know modules of the `pytorch_lightning` namespace.
-    home = type(module).configure_gradient_clipping.__module__  # type: ignore[union-attr]
-    return not home.startswith(("lightning.", "pytorch_lightning."))
 
 
 def _has_weight_norm(module: nn.Module) -> bool:
@@ -90,10 +85,9 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Non
         TypeError: No mirror; the message lists those that have one and how to add another.
         MisconfigurationException: An embedding with sparse gradients.
     """
-    from lightning_l2l.core.inner import mirror
-
     mirror(optimizer, module.named_parameters())
-    sparse = [name for name, child in module.named_modules() if getattr(child, "sparse", False) is True]
+    embeddings = (nn.Embedding, nn.EmbeddingBag)
+    sparse = [name for name, child in module.named_modules() if isinstance(child, embeddings) and child.sparse]
     if sparse:
         raise MisconfigurationException(
             f"LearnToLearn cannot be used with sparse gradients (here: {', '.join(sparse[:3])}). Pass sparse=False."

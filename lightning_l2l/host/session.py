@@ -5,46 +5,45 @@ Everything here is dropped at the end of the fit; what outlives it is in the cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torchopt.base import GradientTransformation
 
-from lightning_l2l.core.clip import clip_gradient_norm, clip_gradient_value
-from lightning_l2l.core.initial_search import SearchResult, search_learning_rate
-from lightning_l2l.core.inner import read_state
-from lightning_l2l.core.inner_step import InnerStep, Iterate
-from lightning_l2l.core.meta_gradient import Estimator, meta_gradient
-from lightning_l2l.core.objectives import Objective
-from lightning_l2l.core.plain_training import loss_after_training
+from lightning_l2l.core.initial_search import SearchResult
+from lightning_l2l.core.meta_optimizer import MetaOptimizer
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.host.applied import AppliedValues
-from lightning_l2l.host.data import IndexedBatches, StreamedBatches, first_loader, is_indexable
-from lightning_l2l.host.isolation import hidden_attribute, invisible
-from lightning_l2l.host.trainer import live_optimizer, moved_batch, validation_loaders
-from lightning_l2l.host.training_step import TrainingStep, Window, joined, owned_tensors
+from lightning_l2l.host.isolation import hidden_attribute
+from lightning_l2l.host.look_ahead import LookAhead
+from lightning_l2l.host.report import MetaUpdate
+from lightning_l2l.host.settings import Settings
+from lightning_l2l.host.trainer import live_optimizer, overrides, planned_steps
+from lightning_l2l.host.training_step import StepSkippedError, joined
+from lightning_l2l.host.windows import RememberedWindows
 from lightning_l2l.optimizers import LearnedOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-# A range test of this many steps per candidate, on as many held-out batches (docs, "initial search").
-_SEARCH_STEPS = 20
-_SEARCH_BATCHES = 4
+_HOOKS_BEFORE_A_STEP = ("on_train_start", "on_train_epoch_start", "on_train_batch_start")
 
 
 class Session:
     """The running fit.
 
     Args:
-        trainer: The Trainer, in ``on_train_start`` or later.
+        trainer: The Trainer, in ``on_train_start``.
         module: The user's LightningModule.
         learned: The learned optimizer; it is attached to the live optimizer here.
-        meta_data: ``"val"``, ``"train"`` or a loader.
-        seed: Seed of everything that is drawn here.
-        saved: What :meth:`AppliedValues.state_dict` returned in the run that is resumed.
+        settings: What the user asked for.
+        saved: What :meth:`state_dict` returned in the run that is resumed.
+
+    Raises:
+        MisconfigurationException: The learned optimizer does not fit the live one or the saved state, or there is
+            no held-out data.
     """
 
     def __init__(
@@ -52,31 +51,60 @@ class Session:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         learned: LearnedOptimizer,
-        meta_data: Any,
-        seed: int,
+        settings: Settings,
         saved: dict[str, Any] | None,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._learned = learned
-        self._seed = seed
-        self._loss = TrainingStep(trainer, module)
+        self._settings = settings
+        saved = saved or {}
+        planned = planned_steps(trainer)
+        self._every = settings.every_n_steps
+        if planned < 2 * settings.every_n_steps:
+            self._every = max(1, int(planned) // 4)
+        self._windows = RememberedWindows(settings.unroll_steps + (settings.meta_data == "train"))
+        self._drawn: int = saved.get("drawn", 0)
+        self._steps_seen: int = saved.get("steps_seen", trainer.global_step)
+        self._searched = bool(saved) or trainer.global_step > 0 or not settings.initial_search
+        self._rehearsed = False
+        # What the user's hooks set up is there at the end of the first training step, and not before.
+        self.opens_late = any(overrides(module, hook) for hook in _HOOKS_BEFORE_A_STEP)
+        optimizer = live_optimizer(trainer)
+        try:
+            if saved:
+                learned.load_state_dict(saved["learned"])
+            self.applied = AppliedValues(optimizer, module, learned, saved.get("applied"))
+            self._meta_optimizer = MetaOptimizer(learned.parameters(), settings.meta_learning_rate)
+            if saved:
+                self._refuse_other_shapes(saved, len(optimizer.param_groups))
+                self._meta_optimizer.load_state_dict(copy.deepcopy(saved["meta_optimizer"]))
+                self._windows.load_state_dict(saved["windows"], module.device)
+        except (RuntimeError, ValueError, KeyError) as error:
+            if not saved:
+                raise
+            raise MisconfigurationException(
+                "The checkpoint's state of LearnToLearn was saved with another `learned`, or for an optimizer with "
+                f"other parameter groups ({error}). Resume with the configuration that wrote it."
+            ) from error
+        for group in self._meta_optimizer.param_groups:
+            group["lr"] = settings.meta_learning_rate
+        self.look_ahead = LookAhead(trainer, module, learned, self.applied, settings)
         self._cleanup = ExitStack()
-        self._held_out = None if meta_data == "train" else self._source(_held_out_loader(trainer, meta_data))
-        self.optimizer = live_optimizer(trainer)
-        self.applied = AppliedValues(self.optimizer, module, learned, saved)
-        self._install()
+        self._install(optimizer)
 
-    def _install(self) -> None:
+    def _refuse_other_shapes(self, saved: dict[str, Any], groups: int) -> None:
+        # With more groups than there were, what is learned has grown. Otherwise it must be what it was.
+        shapes = {name: tensor.shape for name, tensor in self._learned.state_dict().items()}
+        before = {name: tensor.shape for name, tensor in saved["learned"].items()}
+        if groups == len(saved["applied"]["written"]) and shapes != before:
+            raise ValueError(f"meta-parameters {before} became {shapes}")
+
+    def _install(self, optimizer: torch.optim.Optimizer) -> None:
         """The two places where the run has to know of the applied values: schedulers, and steps per tensor."""
-        step_scheduler = self._module.lr_scheduler_step
-
-        def lr_scheduler_step(*arguments: Any) -> None:
-            with self.applied.scheduled():
-                step_scheduler(*arguments)
-
-        self._cleanup.enter_context(hidden_attribute(self._module, "lr_scheduler_step", lr_scheduler_step))
-        joining = self.optimizer.register_step_post_hook(lambda *_: self.applied.join())
+        stepping = _StepsSchedulers(self._module.lr_scheduler_step, self.applied)
+        self._cleanup.enter_context(hidden_attribute(self._module, "lr_scheduler_step", stepping))
+        joining = optimizer.register_step_post_hook(lambda *_: self.applied.join())
         self._cleanup.callback(joining.remove)
         self._cleanup.callback(self.applied.join)
 
@@ -84,112 +112,126 @@ class Session:
         """Remove everything of ours from the module and the optimizer; the learned values stay applied."""
         self._cleanup.close()
 
-    def held_out(self, number: int) -> Window:
-        """The held-out batch with this number, as the user's step takes it."""
-        assert self._held_out is not None
-        return self._moved(self._held_out.batch(number), held_out=True)
-
-    def meta_gradient(
-        self,
-        windows: Sequence[Window],
-        meta_window: Window,
-        objective: Objective,
-        estimator: Estimator,
-    ) -> MetaGradient:
-        """The meta-gradient of an unroll from the run's present state; the run does not notice."""
-        parameters, buffers = owned_tensors(self._module, self.optimizer)
-        with invisible(self._trainer, self._module, self._seed + self._trainer.global_step):
-            return meta_gradient(
-                self._loss,
-                parameters,
-                self._learned,
-                windows,
-                meta_window,
-                objective=objective,
-                estimator=estimator,
-                state=self._state(),
-                buffers=buffers,
-                gradient_transformation=self._clipping(),
-            )
-
-    def search(self, progress: Callable[[int], None] | None = None) -> SearchResult | str:
-        """The initial search from the run's present state; the run does not notice.
+    def search(self) -> SearchResult | str | None:
+        """Find a rate to start from and apply it, once, and only at the beginning of a training.
 
         Returns:
-            The result, or a sentence on why there was none.
+            What was found, a sentence on why there was no search, or ``None`` if it is not wanted (any more).
         """
-        loader = first_loader(self._trainer.train_dataloader)
-        if not is_indexable(loader):
-            return "the training loader can only be iterated, and reading ahead would change the run's data"
-        if self._learned.scaled_rate(1.0) is None:
-            return f"{type(self._learned).__name__} has no learning rate to search"
-        rate = self._base_rate()
-        if rate <= 0:
-            return "the optimizer's learning rate is zero, so there is nothing to multiply"
-        source = self._source(loader)
-        windows = [self._moved(source.batch(number), held_out=False) for number in range(_SEARCH_STEPS)]
-        if self._held_out is None:
-            judges = [
-                self._moved(source.batch(_SEARCH_STEPS + number), held_out=False) for number in range(_SEARCH_BATCHES)
-            ]
-        else:
-            judges = [self.held_out(number) for number in range(_SEARCH_BATCHES)]
-        step, start = self._inner_step()
-
-        def loss_at(candidate: float) -> tuple[float, int]:
-            with invisible(self._trainer, self._module, self._seed):
-                meta = self._learned.scaled_rate(candidate / rate)
-                return loss_after_training(step, start, windows, judges, meta)
-
-        return search_learning_rate(loss_at)
+        if self._searched:
+            return None
+        self._searched = True
+        result = self.look_ahead.search()
+        if isinstance(result, SearchResult) and result.learning_rate is not None:
+            self.start_from(result.learning_rate)
+        return result
 
     def start_from(self, learning_rate: float) -> None:
-        """Make this the learning rate of the first group, the others in proportion."""
-        values = self._learned.scaled_rate(learning_rate / self._base_rate())
+        """Make this the rate of the first group before its schedule, the others in proportion."""
+        values = self._learned.scaled_rate(self.look_ahead.factor_to(learning_rate))
         assert values is not None
         self._learned.set_(values)
         self._learned.project_()
         self.applied.refresh(force=True)
 
-    def _base_rate(self) -> float:
-        """The learning rate that factors are relative to: the first group's, before a warm-up scales it down."""
-        group = self.applied.inner().groups[0]
-        return float(group.hyperparameters.get("initial_lr", group.hyperparameters["lr"]))
+    def rehearse(self) -> None:
+        """A look-ahead of one step on the first batch, before the first real one, so that what fails fails now."""
+        if not self._rehearsed:
+            window = self._windows.unfinished()
+            judge = window if self._settings.meta_data == "train" else self.look_ahead.held_out(self._drawn)
+            self.look_ahead.meta_gradient([window], judge)
+            self._rehearsed = True
 
-    def _inner_step(self) -> tuple[InnerStep, Iterate]:
-        parameters, buffers = owned_tensors(self._module, self.optimizer)
-        step = InnerStep(self._loss, self._learned, self._clipping())
-        return step, step.start(parameters, self._state(), buffers)
+    def remember(self, batch: Any, batch_index: int) -> None:
+        """A training batch passes; keep it, if the next meta-update will need it."""
+        to_go = self._every - self._trainer.global_step % self._every
+        if to_go <= self._windows.length or not self._rehearsed:
+            first = batch_index % self._trainer.accumulate_grad_batches == 0
+            self._windows.see(batch, batch_index, first=first)
 
-    def _state(self) -> Any:
-        return read_state(self.optimizer, self._module.named_parameters())
+    def forget_skipped(self) -> None:
+        """The step returned ``None`` for the batch that was remembered last."""
+        self._windows.skip()
 
-    def _clipping(self) -> GradientTransformation | None:
-        value = self._trainer.gradient_clip_val
-        if not value:
+    def finish_step(self) -> MetaUpdate | None:
+        """The optimizer has stepped: when it is time, ask for the meta-gradient and apply it.
+
+        Returns:
+            What was done; ``None`` if it was not time.
+        """
+        self._steps_seen = self._trainer.global_step
+        self._windows.close(self._trainer.accumulate_grad_batches)
+        if self._steps_seen % self._every or not len(self._windows):
             return None
-        by_value = self._trainer.gradient_clip_algorithm == "value"
-        return clip_gradient_value(float(value)) if by_value else clip_gradient_norm(float(value))
+        try:
+            result = self._meta_gradient()
+        except StepSkippedError:
+            note = "training_step returned None on a remembered or held-out batch: no meta-gradient, the rate was kept."
+            return MetaUpdate(self._steps_seen, None, "skipped", note)
+        return self._apply(result)
 
-    def _source(self, loader: Any) -> IndexedBatches | StreamedBatches:
-        if is_indexable(loader):
-            return IndexedBatches(loader, self._seed, self._trainer.global_rank, self._trainer.world_size)
-        return StreamedBatches(loader, self._seed)
+    @property
+    def has_unfinished_step(self) -> bool:
+        """Whether the optimizer has stepped since :meth:`finish_step`."""
+        return self._trainer.global_step != self._steps_seen
 
-    def _moved(self, batch: Any, *, held_out: bool) -> Window:
-        with invisible(self._trainer, self._module, self._seed):
-            return joined([Window(((moved_batch(self._trainer, self._module, batch, held_out=held_out), 0),), 1)])
+    def _meta_gradient(self) -> MetaGradient:
+        windows = self._windows.last()
+        if self._settings.meta_data == "train":
+            *windows, last = windows if len(windows) > 1 else windows * 2
+            judge = joined([last])
+        else:
+            judge = self.look_ahead.held_out(self._drawn)
+            self._drawn += 1
+        return self.look_ahead.meta_gradient(windows, judge)
+
+    def _apply(self, result: MetaGradient) -> MetaUpdate:
+        trouble, note = "", ""
+        if not result.usable:
+            trouble, note = ("underflow" if result.diagnostics.underflow else "diverged"), result.explain()
+        if self._settings.meta_learning_rate == 0:
+            return MetaUpdate(self._steps_seen, result, trouble, f"{note} Observed only.".strip())
+        if result.usable:
+            self._meta_optimizer.apply(self._learned, result.gradients)
+        else:
+            # Never apply what is not a gradient. Diverging means that the rate is too large, and that much is known.
+            halved = self._learned.scaled_rate(0.5) if trouble == "diverged" else None
+            note += f" The rate was {'kept' if halved is None else 'halved'} instead."
+            self._learned.set_(halved or {})
+        self._learned.project_()
+        self.applied.refresh(force=True)
+        return MetaUpdate(self._steps_seen, result, trouble, note)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from: plain tensors, numbers, strings and containers."""
+        return {
+            "learned": {name: tensor.detach().clone() for name, tensor in self._learned.state_dict().items()},
+            "meta_optimizer": copy.deepcopy(self._meta_optimizer.state_dict()),
+            "applied": self.applied.state_dict(),
+            "windows": self._windows.state_dict(),
+            "drawn": self._drawn,
+            "steps_seen": self._steps_seen,
+        }
 
 
-def _held_out_loader(trainer: pl.Trainer, meta_data: Any) -> Any:
-    if meta_data != "val":
-        return first_loader(meta_data)
-    loader = first_loader(validation_loaders(trainer))
-    if loader is None:
-        raise MisconfigurationException(
-            "LearnToLearn(meta_data='val') needs validation data to judge the learning rate by, but this Trainer has "
-            "none (no val_dataloader, no validation_step, or limit_val_batches=0). Pass a loader of held-out "
-            "batches, LearnToLearn(meta_data=my_loader), or judge on training batches with "
-            "LearnToLearn(meta_data='train')."
-        )
-    return loader
+class _StepsSchedulers:
+    """The module's ``lr_scheduler_step``, with the scheduled values in the groups while it runs.
+
+    It hides the method on the instance for the time of the fit. A copy or a pickle of the module made meanwhile has the
+    original method in this place.
+    """
+
+    def __init__(self, original: Any, applied: AppliedValues) -> None:
+        self._original = original
+        self._applied = applied
+
+    def __call__(self, *arguments: Any) -> None:
+        with self._applied.scheduled():
+            self._original(*arguments)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._original,)
+
+
+def _itself(value: Any) -> Any:
+    return value

@@ -6,13 +6,15 @@ Checked against Lightning 2.6.6. What starts with an underscore there may move i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
+
+from lightning_l2l.host.isolation import isolated_random_state
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -49,13 +51,27 @@ def loads_from_iterator(module: nn.Module) -> bool:
 def validation_loaders(trainer: pl.Trainer) -> Any:
     """What the user passed for validation, in whatever collection; ``None`` if validation is off.
 
-    Lightning builds the loaders in the first epoch that validates; this does it earlier where that is later.
+    Lightning builds the loaders in the first epoch that validates. Where that is later they are built here once more,
+    and dropped again: the run builds its own when it is due, with the random numbers that it would have had.
     """
+    if trainer.val_dataloaders is not None or not trainer.enable_validation:
+        return trainer.val_dataloaders
     loop = trainer.fit_loop.epoch_loop.val_loop
-    if trainer.val_dataloaders is None and trainer.enable_validation:
-        with _validating(trainer):
-            loop.setup_data()
-    return trainer.val_dataloaders
+    last_reload = loop._last_val_dl_reload_epoch
+    with isolated_random_state(0), _validating(trainer):
+        loop.setup_data()
+    loaders = trainer.val_dataloaders
+    loop._combined_loader = None
+    loop._last_val_dl_reload_epoch = last_reload
+    return loaders
+
+
+def overfitted_batches(trainer: pl.Trainer, *, held_out: bool) -> int | None:
+    """To how many batches ``overfit_batches`` restricts the data; ``None`` without it."""
+    if not getattr(trainer, "overfit_batches", 0):  # set dynamically by Lightning
+        return None
+    numbers = trainer.num_val_batches if held_out else [trainer.num_training_batches]
+    return int(numbers[0]) if numbers and math.isfinite(numbers[0]) and numbers[0] > 0 else None
 
 
 @contextmanager
@@ -84,6 +100,28 @@ def moved_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, *, 
 def live_optimizer(trainer: pl.Trainer) -> torch.optim.Optimizer:
     """The one optimizer of automatic optimization."""
     return trainer.optimizers[0]
+
+
+def peak_rates(trainer: pl.Trainer, scheduled: Sequence[float]) -> list[float]:
+    """The largest learning rate that each group had, has now (``scheduled``), or will reach in a cyclic schedule."""
+    groups = live_optimizer(trainer).param_groups
+    peaks = [
+        float(max(rate, group.get("initial_lr", 0.0), group.get("max_lr", 0.0)))
+        for group, rate in zip(groups, scheduled, strict=True)
+    ]
+    for config in trainer.lr_scheduler_configs:
+        largest = getattr(config.scheduler, "max_lrs", None)  # CyclicLR keeps them to itself
+        if largest is not None and len(largest) == len(peaks):
+            peaks = [max(pair) for pair in zip(peaks, largest, strict=True)]
+    return peaks
+
+
+def overrides(module: nn.Module, hook: str) -> bool:
+    """Whether the user wrote this hook of the LightningModule."""
+    # Not Lightning's `is_overridden`: that one does not know modules of the `pytorch_lightning` namespace.
+    method = getattr(module, hook)
+    home = str(getattr(method, "__module__", ""))
+    return not home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
 
 
 def is_stub(optimizer: Any) -> bool:

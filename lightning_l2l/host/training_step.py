@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,14 +31,23 @@ class Window:
     divisor: int
 
 
+class StepSkippedError(TypeError):
+    """``training_step`` returned ``None``: legal in Lightning, but nothing to differentiate."""
+
+
+class _Cloneable(ABC):  # noqa: B024  (it only recognises)
+    """Tensors, and batch objects that know how to copy themselves (PyTorch Geometric's, say)."""
+
+    @classmethod
+    def __subclasshook__(cls, subclass: type) -> Any:
+        return callable(getattr(subclass, "clone", None)) or NotImplemented
+
+
 def copied_batch(batch: Any) -> Any:
     """A copy that later in-place changes of the batch, its containers or its tensors, do not reach."""
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
-
-
-def _fresh_containers(batch: Any) -> Any:
-    # The user's step may pop from a dictionary that it is given; the tensors are shared.
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor)
+    return apply_to_collection(
+        batch, _Cloneable, lambda item: item.detach().clone() if isinstance(item, Tensor) else item.clone()
+    )
 
 
 class _CallTrainingStep(nn.Module):
@@ -70,12 +80,14 @@ class TrainingStep:
         """The loss; buffers that the step writes are written in ``parameters``.
 
         Raises:
-            TypeError: ``training_step`` returned something without a scalar loss.
+            StepSkippedError: ``training_step`` returned ``None``.
+            TypeError: It returned something without a scalar loss.
         """
         substitutes = {f"module.{name}": tensor for name, tensor in parameters.items()}
         total: Tensor | None = None
         for batch, batch_index in window.batches:
-            arguments = training_step_arguments(self._trainer, self._module, _fresh_containers(batch), batch_index)
+            # A copy each time: the user's step may pop from a dictionary, or scale a tensor in place.
+            arguments = training_step_arguments(self._trainer, self._module, copied_batch(batch), batch_index)
             with self._trainer.precision_plugin.train_step_context():
                 output = functional_call(self._call, substitutes, (arguments,))
             loss = _loss_of(output) / window.divisor
@@ -86,11 +98,16 @@ class TrainingStep:
 
 def _loss_of(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
+    if output is None:
+        raise StepSkippedError(
+            "training_step returned None, which skips a batch; LearnToLearn needs the loss to differentiate it. Return "
+            "the loss, at the latest for the batches that it looks at."
+        )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
         raise TypeError(
             f"training_step must return a scalar loss (or a dictionary with it under 'loss'), but it returned {found}. "
-            "LearnToLearn differentiates that number; a step that skips its batch cannot be unrolled."
+            "LearnToLearn differentiates that number: reduce the loss, for example with .mean()."
         )
     return loss
 

@@ -127,19 +127,20 @@ def _unroll(
     logarithmic = is_logarithmic(objective)
     values: Tensor | None = None
     losses = []
-    for taken, batch in enumerate(batches, start=1):
-        if not differentiable or taken == 1:
+    for taken in range(len(batches) + 1):
+        if not differentiable or taken == 0:
             iterate = iterate.with_leaves([leaf.detach().requires_grad_() for leaf in iterate.leaves()])
-        loss, buffers = mapped.evaluate(iterate, batch)
-        losses.append(loss.detach().double())
-        create_graph = differentiable and mapped.step.second_order
-        gradients = mapped.step.gradients(loss.sum(), iterate, create_graph=create_graph)
-        with nullcontext() if differentiable else torch.no_grad():
-            iterate = replace(mapped.update(iterate, gradients, meta), buffers=buffers)
-        if taken in weights:
+        batch = batches[taken : taken + 1]
+        judge = [meta_batch] if taken in weights else []
+        judged, found, buffers = mapped.evaluate(iterate, judge, batch, differentiable)
+        for value in judged:
+            values = _added(values, value.double(), weights[taken], logarithmic, loss_limit)
+        for loss in found:
+            losses.append(loss.detach().double())
+            create_graph = differentiable and mapped.step.second_order
+            gradients = mapped.step.gradients(loss.sum(), iterate, create_graph=create_graph)
             with nullcontext() if differentiable else torch.no_grad():
-                judged = mapped.evaluate(iterate, meta_batch)[0].double()
-                values = _added(values, judged, weights[taken], logarithmic, loss_limit)
+                iterate = replace(mapped.update(iterate, gradients, meta), buffers=buffers)
     assert values is not None
     return ParticleRun(values, iterate.with_leaves([x.detach() for x in iterate.leaves()]), torch.stack(losses), how)
 
@@ -166,15 +167,24 @@ class _Mapped:
         self.step = step
         self._batched = batched
 
-    def evaluate(self, iterate: Iterate, batch: Any) -> tuple[Tensor, Tensors]:
-        """The loss of each particle, and the buffers after it was computed."""
+    def evaluate(
+        self, iterate: Iterate, meta_batches: Sequence[Any], batches: Sequence[Any], differentiable: bool
+    ) -> tuple[list[Tensor], list[Tensor], Tensors]:
+        """Losses of each particle on meta-batches and on training batches, and the buffers after the latter.
 
-        def one(parameters: Tensors, buffers: Tensors) -> tuple[Tensor, Tensors]:
-            own = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-            return self.step.evaluate(Iterate(parameters, None, own), batch), own
+        One call for both, since calling vmap is what takes the time with small problems.
+        """
 
-        losses, buffers = self._over_particles(one, iterate.parameters, iterate.buffers)
-        return losses, {name: buffer.detach() for name, buffer in buffers.items()}
+        def one(parameters: Tensors, buffers: Tensors) -> tuple[list[Tensor], list[Tensor], Tensors]:
+            with nullcontext() if differentiable else torch.no_grad():
+                place = [Iterate(parameters, None, _copies(buffers)) for _ in meta_batches]
+                judged = [self.step.evaluate(at, batch) for at, batch in zip(place, meta_batches, strict=True)]
+            own = _copies(buffers)
+            losses = [self.step.evaluate(Iterate(parameters, None, own), batch) for batch in batches]
+            return judged, losses, own
+
+        judged, losses, buffers = self._over_particles(one, iterate.parameters, iterate.buffers)
+        return judged, losses, _copies(buffers)
 
     def update(
         self, iterate: Iterate, gradients: Mapping[str, Tensor | None], meta: Mapping[str, Tensor]
@@ -220,3 +230,7 @@ class _Mapped:
             before.restore()
             found.append(flat(*[leaf[index] for leaf in leaves]))
         return optree.tree_unflatten(shapes[0], [torch.stack(parts) for parts in zip(*found, strict=True)])
+
+
+def _copies(buffers: Tensors) -> Tensors:
+    return {name: buffer.detach().clone() for name, buffer in buffers.items()}

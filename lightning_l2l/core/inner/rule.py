@@ -136,4 +136,5 @@ def decoupled_decay(parameter: Tensor, hyperparameters: Hyperparameters) -> Tens
     weight_decay = hyperparameters["weight_decay"]
     if is_number(weight_decay, 0):
         return None
-    return times(parameter, -(hyperparameters["lr"] * weight_decay))
+    # Not -lr * decay * parameter: torch.optim rounds the factor, to the same side in every step.
+    return times(parameter, 1 - hyperparameters["lr"] * weight_decay) - parameter

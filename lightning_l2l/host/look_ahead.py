@@ -1,0 +1,181 @@
+"""What the run's own training would do from here: asked on copies, so that the run does not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torchopt.base import GradientTransformation
+
+from lightning_l2l.core.clip import clip_gradient_norm, clip_gradient_value
+from lightning_l2l.core.initial_search import SearchResult, search_learning_rate
+from lightning_l2l.core.inner import read_state
+from lightning_l2l.core.inner_step import InnerStep
+from lightning_l2l.core.meta_gradient import meta_gradient
+from lightning_l2l.core.plain_training import loss_after_training
+from lightning_l2l.core.result import MetaGradient
+from lightning_l2l.host.applied import AppliedValues
+from lightning_l2l.host.data import IndexedBatches, StreamedBatches, first_loader, is_indexable
+from lightning_l2l.host.isolation import invisible
+from lightning_l2l.host.settings import Settings
+from lightning_l2l.host.trainer import (
+    live_optimizer,
+    moved_batch,
+    overfitted_batches,
+    peak_rates,
+    validation_loaders,
+)
+from lightning_l2l.host.training_step import TrainingStep, Window, joined, owned_tensors
+from lightning_l2l.optimizers import LearnedOptimizer
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+# A range test of this many steps per candidate, on as many held-out batches (docs, "initial search").
+_SEARCH_STEPS = 20
+_SEARCH_BATCHES = 4
+
+
+class LookAhead:
+    """Unrolls the run's training from its present state.
+
+    Args:
+        trainer: The Trainer, in ``on_train_start`` or later.
+        module: The user's LightningModule.
+        learned: The learned optimizer, attached to the live one.
+        applied: What it makes of the live optimizer's values.
+        settings: What the user asked for.
+
+    Raises:
+        MisconfigurationException: There is no held-out data.
+        EmptyLoaderError: There is a loader of held-out data, without batches.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        learned: LearnedOptimizer,
+        applied: AppliedValues,
+        settings: Settings,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._learned = learned
+        self._applied = applied
+        self._settings = settings
+        self._optimizer = live_optimizer(trainer)
+        self._loss = TrainingStep(trainer, module)
+        self._held_out_loader = self._find_held_out_loader()
+        self._held_out = None if self._held_out_loader is None else self._source(self._held_out_loader, held_out=True)
+
+    def held_out(self, number: int) -> Window:
+        """The held-out batch with this number, as the user's step takes it."""
+        if self._settings.meta_data == "val":
+            # reload_dataloaders_every_n_epochs replaces the loaders while the run goes on.
+            present = first_loader(self._trainer.val_dataloaders)
+            if present is not None and present is not self._held_out_loader:
+                self._held_out_loader, self._held_out = present, self._source(present, held_out=True)
+        assert self._held_out is not None
+        return self._moved(self._held_out.batch(number), held_out=True)
+
+    def meta_gradient(self, windows: Sequence[Window], judge: Window) -> MetaGradient:
+        """The meta-gradient of an unroll over these windows from the run's present state.
+
+        Args:
+            windows: The training batches, one window for each step.
+            judge: What the meta-objective is evaluated on.
+        """
+        parameters, buffers = owned_tensors(self._module, self._optimizer)
+        with invisible(self._trainer, self._module, self._settings.seed + self._trainer.global_step):
+            return meta_gradient(
+                self._loss,
+                parameters,
+                self._learned,
+                windows,
+                judge,
+                objective=self._settings.objective,
+                estimator=self._settings.estimator,
+                state=self._state(),
+                buffers=buffers,
+                gradient_transformation=self._clipping(),
+            )
+
+    def factor_to(self, learning_rate: float) -> float:
+        """What the learned rate of the first group has to be multiplied by so that it peaks at this rate."""
+        peaks = peak_rates(self._trainer, self._applied.scheduled_rates)
+        with self._applied.attached_to(peaks):
+            return learning_rate / self._applied.learned_rate()
+
+    def search(self) -> SearchResult | str:
+        """The initial search: a range test of constant rates from the run's present state.
+
+        The rate of the first group is searched, before its schedule (a warm-up would test rates near zero); the others
+        follow in proportion.
+
+        Returns:
+            The result, or a sentence on why there was none.
+        """
+        loader = first_loader(self._trainer.train_dataloader)
+        if not is_indexable(loader):
+            return "the training loader can only be iterated, and reading ahead would change the run's data"
+        peaks = peak_rates(self._trainer, self._applied.scheduled_rates)
+        if peaks[0] <= 0:
+            return "the optimizer's learning rate is zero, so there is nothing to multiply"
+        if self._learned.scaled_rate(1.0) is None:
+            return f"{type(self._learned).__name__} has no learning rate to search"
+        source = self._source(loader, held_out=False)
+        windows = [self._moved(source.batch(number), held_out=False) for number in range(_SEARCH_STEPS)]
+        if self._held_out is None:
+            numbers = range(_SEARCH_STEPS, _SEARCH_STEPS + _SEARCH_BATCHES)
+            judges = [self._moved(source.batch(number), held_out=False) for number in numbers]
+        else:
+            judges = [self.held_out(number) for number in range(_SEARCH_BATCHES)]
+        parameters, buffers = owned_tensors(self._module, self._optimizer)
+
+        def loss_at(candidate: float) -> tuple[float, int]:
+            step = InnerStep(self._loss, self._learned, self._clipping())
+            start = step.start(parameters, self._state(), buffers)
+            meta = self._learned.scaled_rate(candidate / present)
+            with invisible(self._trainer, self._module, self._settings.seed):
+                return loss_after_training(step, start, windows, judges, meta)
+
+        with self._applied.attached_to(peaks):
+            present = self._applied.learned_rate()
+            return search_learning_rate(loss_at)
+
+    def _find_held_out_loader(self) -> Any:
+        meta_data = self._settings.meta_data
+        if meta_data == "train":
+            return None
+        loader = first_loader(validation_loaders(self._trainer) if meta_data == "val" else meta_data)
+        if loader is None:
+            raise MisconfigurationException(
+                "LearnToLearn(meta_data='val') needs validation data to judge the learning rate by, but this Trainer "
+                "has none (no val_dataloader, no validation_step, or limit_val_batches=0). Pass a loader of held-out "
+                "batches, LearnToLearn(meta_data=my_loader), or judge on training batches with "
+                "LearnToLearn(meta_data='train')."
+            )
+        return loader
+
+    def _source(self, loader: Any, *, held_out: bool) -> IndexedBatches | StreamedBatches:
+        if not is_indexable(loader):
+            return StreamedBatches(loader, self._settings.seed)
+        own = held_out and self._settings.meta_data != "val"
+        limit = None if own else overfitted_batches(self._trainer, held_out=held_out)
+        return IndexedBatches(loader, self._settings.seed, limit)
+
+    def _moved(self, batch: Any, *, held_out: bool) -> Window:
+        with invisible(self._trainer, self._module, self._settings.seed):
+            return joined([Window(((moved_batch(self._trainer, self._module, batch, held_out=held_out), 0),), 1)])
+
+    def _state(self) -> Any:
+        return read_state(self._optimizer, self._module.named_parameters())
+
+    def _clipping(self) -> GradientTransformation | None:
+        value = self._trainer.gradient_clip_val
+        if value is None or value <= 0:
+            return None
+        by_value = self._trainer.gradient_clip_algorithm == "value"
+        return clip_gradient_value(float(value)) if by_value else clip_gradient_norm(float(value))

@@ -1,0 +1,90 @@
+"""The arguments of LearnToLearn, checked."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_l2l.core.meta_gradient import Estimator, check_estimator
+from lightning_l2l.core.objectives import Objective, check_objective
+from lightning_l2l.optimizers import LearnedOptimizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; see :class:`lightning_l2l.LearnToLearn` for what each means.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An argument out of range.
+    """
+
+    unroll_steps: int
+    every_n_steps: int
+    objective: Objective
+    meta_data: Any
+    estimator: Estimator
+    meta_learning_rate: float
+    initial_search: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check every argument, and make plain Python numbers of numpy's."""
+        for name in ("unroll_steps", "every_n_steps"):
+            if _whole_number(self, name) < 1:
+                raise ValueError(f"LearnToLearn({name}={getattr(self, name)}) must be at least 1.")
+        if not 0 <= _whole_number(self, "seed") < 2**32:
+            raise ValueError(f"LearnToLearn(seed={self.seed}) must be in [0, 2**32), as numpy wants it.")
+        for name in ("objective", "estimator"):
+            if not isinstance(getattr(self, name), str):
+                raise _wrong_type(self, name, "a name (a string)")
+        check_objective(self.objective)
+        check_estimator(self.estimator)
+        if isinstance(self.meta_data, str) and self.meta_data not in ("val", "train"):
+            raise ValueError(f"LearnToLearn(meta_data={self.meta_data!r}) must be 'val', 'train' or a loader.")
+        # An iterable that is its own iterator would be empty after one pass.
+        if not isinstance(self.meta_data, Iterable) or iter_is_spent_by_reading(self.meta_data):
+            raise _wrong_type(self, "meta_data", "'val', 'train' or a loader that can be read more than once")
+        rate = self.meta_learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+            raise _wrong_type(self, "meta_learning_rate", "a number")
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(
+                f"LearnToLearn(meta_learning_rate={rate}) must be finite and not negative; 0 only observes."
+            )
+        object.__setattr__(self, "meta_learning_rate", float(rate))
+        if not isinstance(self.initial_search, bool):
+            raise _wrong_type(self, "initial_search", "True or False")
+
+
+def check_learned(learned: object) -> None:
+    """Refuse what is no learned optimizer.
+
+    Raises:
+        TypeError: It is none, or the class of one.
+    """
+    if learned is not None and not isinstance(learned, LearnedOptimizer):
+        found = f"the class {learned.__name__}" if isinstance(learned, type) else type(learned).__name__
+        raise TypeError(
+            f"LearnToLearn(learned=...) must be a LearnedOptimizer such as LearnedStepSize(), not {found}."
+        )
+
+
+def iter_is_spent_by_reading(data: Any) -> bool:
+    """Whether this is an iterator (a generator, say), which can be read only once."""
+    return hasattr(data, "__next__")
+
+
+def _whole_number(settings: Settings, name: str) -> int:
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise _wrong_type(settings, name, "a whole number")
+    object.__setattr__(settings, name, int(value))
+    return int(value)
+
+
+def _wrong_type(settings: Settings, name: str, wanted: str) -> TypeError:
+    return TypeError(f"LearnToLearn({name}=...) must be {wanted}, not {type(getattr(settings, name)).__name__}.")

@@ -1,0 +1,85 @@
+"""Which ``torch.optim`` optimizer learned hyperparameters sit on, as plain data and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from lightning_l2l.core.inner import InnerOptimizer, ParameterGroup, Rule, inner_optimizer
+
+Per = Literal["optimizer", "group", "tensor"]
+
+_CLASSES: tuple[type[torch.optim.Optimizer], ...] = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
+
+
+def described(inner: InnerOptimizer | None) -> dict[str, Any] | None:
+    """An inner optimizer as strings, numbers, lists and dictionaries; ``None`` for none.
+
+    Raises:
+        TypeError: It is none of ``torch.optim``'s, so a file could not name it.
+
+    Example:
+        >>> described(inner_optimizer(torch.optim.SGD, lr=0.1))["optimizer"]
+        'SGD'
+    """
+    if inner is None:
+        return None
+    names = {name for name, rule in _rules().items() if rule is inner.rule}
+    if not names:
+        raise TypeError(
+            "The optimizer that these hyperparameters belong to is not one of torch.optim's "
+            f"({', '.join(_rules())}), so a file cannot name it. Save its values() instead."
+        )
+    groups = [
+        {"names": None if group.names is None else list(group.names), "hyperparameters": dict(group.hyperparameters)}
+        for group in inner.groups
+    ]
+    return {"optimizer": names.pop(), "groups": groups}
+
+
+def rebuilt(description: Mapping[str, Any]) -> InnerOptimizer:
+    """The inner optimizer that :func:`described` described.
+
+    Raises:
+        ValueError: It names an optimizer that there is not.
+    """
+    rule = _rules().get(description["optimizer"])
+    if rule is None:
+        raise ValueError(f"There is no optimizer {description['optimizer']!r}; these are known: {', '.join(_rules())}.")
+    groups = []
+    for group in description["groups"]:
+        names = group["names"]
+        groups.append(ParameterGroup(None if names is None else tuple(names), dict(group["hyperparameters"])))
+    return InnerOptimizer(rule, tuple(groups))
+
+
+def slots_of(inner: InnerOptimizer, per: Per) -> tuple[str, ...]:
+    """A name for each value that is learned: the optimizer's, the groups', or the tensors' own.
+
+    Raises:
+        ValueError: One for each tensor, and the tensors are not known.
+    """
+    if per == "optimizer":
+        return ("optimizer",)
+    if per == "group":
+        return tuple(f"group {index}" for index in range(len(inner.groups)))
+    if any(group.names is None for group in inner.groups):
+        raise ValueError(
+            "per='tensor' needs to know the tensors: attach mirror(optimizer, model.named_parameters()), or "
+            "inner_optimizer(...).with_names([...]) with their names."
+        )
+    return tuple(name for group in inner.groups for name in group.names or ())
+
+
+def _rules() -> dict[str, Rule]:
+    return {cls.__name__: inner_optimizer(cls).rule for cls in _CLASSES}

@@ -1,0 +1,7 @@
+"""Tasks to learn an optimizer on, each of which knows its own truth where there is one."""
+
+from lightning_l2l.tasks.least_squares import LeastSquares
+from lightning_l2l.tasks.quadratic import Quadratic
+from lightning_l2l.tasks.task import Task
+
+__all__ = ["LeastSquares", "Quadratic", "Task"]

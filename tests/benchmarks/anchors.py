@@ -1,0 +1,143 @@
+"""Estimators over windows on three problems with known answers: numbers, and the figures of ``docs/which-estimator.md``.
+
+    python tests/benchmarks/anchors.py a1 a2 a7 --seeds 5 --figures docs/figures
+
+Each run is one meta-training; the seconds are processor time of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from anchor_problems import DigitsSchedule, InfluenceBalancing, MetaTrainingRun, ToyRegression, digits_batches
+
+from lightning_l2l.core.estimators import Particles
+from lightning_l2l.core.estimators.particle_unroll import spread, unroll
+from lightning_l2l.core.inner_step import InnerStep
+
+
+def influence_balancing(estimator: str, seed: int) -> tuple[list[tuple[int, float]], dict]:
+    """A1: one step per window, the training never starts again, 3000 updates by SGD at 1e-4."""
+    problem = InfluenceBalancing()
+    curve: list[tuple[int, float]] = [(0, problem.final_loss())]
+    run = MetaTrainingRun(estimator, Particles(1000, 0.1, seed), unroll_steps=1, windows=None, iterations=3000)
+
+    def note(iteration: int) -> None:
+        if (iteration + 1) % 50 == 0:
+            curve.append((iteration + 1, problem.final_loss()))
+
+    run.train(problem, torch.optim.SGD(problem.parameters(), lr=1e-4), "naive", each=note)
+    return curve, {"theta": problem.theta.item(), "loss": problem.final_loss()}
+
+
+def toy_regression(estimator: str, seed: int) -> tuple[list[tuple[int, float]], dict]:
+    """A2: windows of 10 of 100 steps, 2000 updates by Adam at 2e-2."""
+    problem = ToyRegression()
+    curve: list[tuple[int, float]] = [(0, problem.total_loss())]
+    run = MetaTrainingRun(
+        estimator, Particles(400, 0.3, seed), unroll_steps=10, windows=10, iterations=2000, factor=10.0, annealing=1 / 3
+    )
+
+    def note(iteration: int) -> None:
+        if (iteration + 1) % 20 == 0:
+            curve.append((iteration + 1, problem.total_loss()))
+
+    run.train(problem, torch.optim.Adam(problem.parameters(), lr=2e-2, betas=(0.99, 0.999)), "naive_mean", each=note)
+    tail = statistics.mean(loss for _, loss in curve[-10:])
+    # The loss wiggles by 10 with tiny changes of theta; the mean over the last 200 updates does not.
+    return curve, {"theta": problem.theta.tolist(), "loss": tail, "final_loss": problem.total_loss()}
+
+
+def digits(estimator: str, seed: int) -> tuple[list[tuple[int, float]], dict]:
+    """A7: windows of 10 of 500 steps, 1500 updates by Adam at 3e-2; judged on three other trainings."""
+    problem = DigitsSchedule()
+    curve: list[tuple[int, float]] = []
+    cache: dict[int, list] = {}
+
+    def batches(episode: int, window: int) -> list:
+        if episode not in cache:
+            cache.clear()
+            cache[episode] = digits_batches(episode, 550)
+        return [*cache[episode][10 * window : 10 * window + 10], cache[episode][500 + window]]
+
+    def note(iteration: int) -> None:
+        if (iteration + 1) % 250 == 0:
+            curve.append((iteration + 1, digits_loss(problem, problem.theta.detach()[None])[0].item()))
+
+    run = MetaTrainingRun(
+        estimator, Particles(50, 0.1, seed, loss_limit=20.0), unroll_steps=10, windows=50, iterations=1500
+    )
+    run.train(problem, torch.optim.Adam(problem.parameters(), lr=3e-2), "naive_mean", batches, note)
+    return curve, {"theta": problem.theta.tolist(), "loss": curve[-1][1] if curve else float("nan")}
+
+
+def digits_loss(problem: DigitsSchedule, thetas: torch.Tensor, seeds: tuple[int, ...] = (-1, -2, -3)) -> torch.Tensor:
+    """Mean training loss over a whole run for several thetas at once, averaged over runs not used for training."""
+    total = torch.zeros(len(thetas), dtype=torch.float64)
+    step = InnerStep(problem.loss, problem)
+    for seed in seeds:
+        given = digits_batches(seed + 2**40, problem.steps)
+        start = spread(step.start(problem.start(seed + 2**40), None, {}), len(thetas))
+        run = unroll(step, start, {"theta": thetas}, given, given[0], "naive", loss_limit=20.0)
+        losses = torch.where(run.losses.isfinite(), run.losses, 20.0).clamp(max=20.0)
+        total += losses.mean(0) / len(seeds)
+    return total
+
+
+PROBLEMS = {
+    "a1": (influence_balancing, ("truncated", "es", "pes", "es_single")),
+    "a2": (toy_regression, ("truncated", "es", "pes", "es_single")),
+    "a7": (digits, ("es", "pes", "es_single")),
+}
+
+
+def main() -> None:
+    """Run what the command line asks for, print and save it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problems", nargs="+", choices=list(PROBLEMS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--estimators", nargs="*")
+    parser.add_argument("--results", type=Path, help="JSON file to add the runs to")
+    parser.add_argument("--figures", type=Path, help="folder to write the figures of --results to")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = []
+    for name in arguments.problems:
+        train, estimators = PROBLEMS[name]
+        if name == "a7":
+            first, second = torch.meshgrid(torch.linspace(-7, 0, 21), torch.linspace(-2, 4, 7), indexing="ij")
+            grid = torch.stack([first.flatten(), second.flatten()], 1).double()
+            losses = digits_loss(DigitsSchedule(), grid)
+            best = int(losses.argmin())
+            print(f"a7 grid optimum {losses[best].item():.4f} at {grid[best].tolist()}", flush=True)
+            initial = digits_loss(DigitsSchedule(), DigitsSchedule().theta.detach()[None]).item()
+            print(f"a7 initial loss {initial:.4f}", flush=True)
+            runs.append({"problem": name, "estimator": "grid", "loss": losses[best].item(), "theta": grid[best].tolist()})
+        for estimator in arguments.estimators or estimators:
+            # Exact ones give the same numbers for every seed.
+            for seed in range(1 if estimator == "truncated" else arguments.seeds):
+                began = time.process_time()
+                curve, end = train(estimator, seed)
+                seconds = time.process_time() - began
+                runs.append({"problem": name, "estimator": estimator, "seed": seed, "curve": curve, **end})
+                print(f"{name} {estimator:10} seed {seed}: {end}  {seconds:.1f} s", flush=True)
+    if arguments.results:
+        known = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
+        arguments.results.write_text(json.dumps(known + runs))
+    if arguments.figures:
+        from anchor_figures import draw
+
+        draw(runs if not arguments.results else json.loads(arguments.results.read_text()), arguments.figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Nothing of ours is left: after a fit, after an exception anywhere, after Ctrl-C; and memory does not grow."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+import weakref
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from helpers import Plain, Rich, learner, loader, loaders, sgd
+
+from lightning_l2l import LearnedStepSize, LearnToLearn
+from lightning_l2l.host import applied as applied_module
+from lightning_l2l.host.look_ahead import LookAhead
+from lightning_l2l.host.session import Session
+
+HOOKS = [name for name in vars(LearnToLearn) if name.startswith("on_") and name not in ("on_exception", "on_load_checkpoint")]
+
+
+class Boom(Exception):
+    pass
+
+
+def traces(fitted: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """Everything that we might have left behind."""
+    optimizer = fitted.optimizers[0] if fitted.optimizers else None
+    return {
+        "module": {k for child in module.modules() for k in vars(child) if k in ("log", "log_dict", "lr_scheduler_step")},
+        "loggers": [type(logger).__name__ for logger in fitted.loggers],
+        "callbacks": [type(callback).__name__ for callback in fitted.callbacks],
+        "hooks": [] if optimizer is None else [*optimizer._optimizer_step_post_hooks, *optimizer._optimizer_step_pre_hooks],
+        "groups": 1 if optimizer is None else len(optimizer.param_groups),
+        "training": {child.training for child in module.modules()},
+        "stance": torch._dynamo.eval_frame._stance.stance,
+        "default dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "gradients": [n for n, p in module.named_parameters() if p.grad_fn is not None],
+    }
+
+
+CLEAN = {
+    "module": set(), "loggers": [], "callbacks": ["LearnToLearn"], "hooks": [], "groups": 1, "training": {True},
+    "stance": "default", "default dtype": torch.float32, "grad": True, "gradients": [],
+}  # fmt: skip
+
+
+def assert_clean(fitted: pl.Trainer, module: pl.LightningModule, callback: LearnToLearn) -> None:
+    assert traces(fitted, module) == CLEAN
+    assert callback._session is None
+
+
+class Untidy(Rich):
+    """Fails in the run, or in the unroll, at the n-th call."""
+
+    def __init__(self, error: BaseException, where: str, at: int) -> None:
+        super().__init__()
+        self.error, self.where, self.at, self.hits = error, where, at, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        unrolled = "log" in vars(self)  # muted
+        if unrolled is (self.where == "unroll"):
+            Untidy.calls += 1
+            if Untidy.calls == self.at:
+                raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+def test_nothing_is_left_after_a_fit(trainer: Any) -> None:
+    callback, module = learner(learned=LearnedStepSize(per="tensor")), Rich()
+    fitted = trainer(callback)
+    fitted.fit(module, **loaders())
+    assert_clean(fitted, module, callback)
+
+
+@pytest.mark.parametrize("where", ["run", "unroll"])
+@pytest.mark.parametrize("at", [1, 5])
+def test_nothing_is_left_after_an_exception_in_the_user_s_step(trainer: Any, where: str, at: int) -> None:
+    Untidy.calls = 0
+    callback, module = learner(), Untidy(Boom(), where, at)
+    fitted = trainer(callback)
+    with pytest.raises(Boom):
+        fitted.fit(module, **loaders())
+    assert_clean(fitted, module, callback)
+
+
+@pytest.mark.parametrize("where", ["run", "unroll"])
+def test_nothing_is_left_after_ctrl_c(trainer: Any, where: str) -> None:
+    Untidy.calls = 0
+    callback, module = learner(), Untidy(KeyboardInterrupt(), where, 5)
+    fitted = trainer(callback)
+    with pytest.raises(SystemExit):
+        fitted.fit(module, **loaders())
+    assert_clean(fitted, module, callback)
+
+
+@pytest.mark.parametrize("hook", ["setup", *HOOKS, "teardown"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_nothing_is_left_after_an_exception_in_any_of_our_hooks(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, hook: str, when: str
+) -> None:
+    original = getattr(LearnToLearn, hook)
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        if when == "after":
+            original(*arguments, **options)
+        raise Boom
+
+    monkeypatch.setattr(LearnToLearn, hook, fails)
+    callback, module = learner(), Rich()
+    fitted = trainer(callback)
+    with pytest.raises(Boom):
+        fitted.fit(module, **loaders())
+    assert_clean(fitted, module, callback)
+
+
+STAGES = [
+    (Session, "remember"), (Session, "rehearse"), (Session, "finish_step"), (Session, "search"), (Session, "state_dict"),
+    (LookAhead, "__init__"), (LookAhead, "held_out"), (LookAhead, "meta_gradient"),
+    (applied_module.AppliedValues, "split"), (applied_module.AppliedValues, "_write"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("owner", "name"), STAGES, ids=[name for _, name in STAGES])
+def test_nothing_is_left_after_an_exception_inside(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    def fails(*_arguments: Any, **_options: Any) -> None:
+        raise Boom
+
+    monkeypatch.setattr(owner, name, fails)
+    callback, module = learner(learned=LearnedStepSize(per="tensor")), Rich()
+    fitted = trainer(callback)
+    with pytest.raises(Boom):
+        fitted.fit(module, **loaders())
+    assert_clean(fitted, module, callback)
+
+
+def test_the_session_and_the_batches_are_freed_after_the_fit(trainer: Any) -> None:
+    callback = learner()
+    sessions = []
+    original = Session.__init__
+
+    def noting(self: Session, *arguments: Any) -> None:
+        original(self, *arguments)
+        sessions.append(weakref.ref(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "__init__", noting)
+        trainer(callback).fit(Plain(), **loaders())
+    gc.collect()
+    assert len(sessions) == 1 and sessions[0]() is None
+
+
+class Watches(pl.Callback):
+    """Counts what is alive after some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps, self.found = steps, []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step in self.steps:
+            gc.collect()
+            alive = gc.get_objects()
+            tensors = sum(issubclass(type(item), torch.Tensor) for item in alive)
+            self.found.append((tensors, len(alive), tracemalloc.get_traced_memory()[0]))
+
+
+def grown(trainer: Any, updates: int, **options: Any) -> list[int]:
+    """Tensors, objects and traced bytes that came after the first fifth of the meta-updates and stayed."""
+    watches, callback = Watches(updates // 5, updates), learner(every_n_steps=1, unroll_steps=1, **options)
+    fitted = trainer(callback, watches, max_epochs=-1, max_steps=updates)
+    fitted.fit(Plain(sgd(0.01)), loader(shuffle=True), loader(24, seed=1))
+    assert len(callback.history) == updates
+    first, last = watches.found
+    return [int(count) for count in np.subtract(last, first)]
+
+
+@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+def test_nothing_piles_up_over_50_meta_updates(trainer: Any, estimator: Any) -> None:
+    tensors, objects, _ = grown(trainer, 50, estimator=estimator)
+    # A record of the history is some ten containers for each of the 40 updates in between: the margin is twice that.
+    assert tensors <= 2 and objects <= 20 * 40
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_1000_meta_updates(trainer: Any) -> None:
+    tracemalloc.start()
+    try:
+        tensors, _, memory = grown(trainer, 1000)
+    finally:
+        tracemalloc.stop()
+    # A record of the history takes about 2 kB, and is what is meant to stay; 3 kB is the margin.
+    assert tensors <= 2 and memory < 3000 * 800

@@ -1,0 +1,241 @@
+"""Bad input gets a clear error before training starts, and no parameter has moved by then."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Plain, Rich, learner, loader, loaders, observer, sgd
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"learned": 3}, TypeError, "LearnedOptimizer such as LearnedStepSize(), not int"),
+    ({"learned": LearnedStepSize}, TypeError, "not the class LearnedStepSize"),
+    *(
+        ({name: value}, kind, message)
+        for name in ("unroll_steps", "every_n_steps")
+        for value, kind, message in [
+            (0, ValueError, "at least 1"),
+            (-1, ValueError, "at least 1"),
+            (2.0, TypeError, "whole number, not float"),
+            (True, TypeError, "whole number, not bool"),
+            ("5", TypeError, "whole number, not str"),
+            (None, TypeError, "whole number, not NoneType"),
+        ]
+    ),
+    ({"objective": "logg"}, ValueError, "choose one of"),
+    ({"objective": None}, TypeError, "a name (a string), not NoneType"),
+    ({"estimator": "backward"}, ValueError, "choose one of"),
+    ({"estimator": 1}, TypeError, "a name (a string), not int"),
+    ({"meta_data": "test"}, ValueError, "'val', 'train' or a loader"),
+    ({"meta_data": 1}, TypeError, "'val', 'train' or a loader"),
+    ({"meta_data": None}, TypeError, "'val', 'train' or a loader"),
+    ({"meta_data": (x for x in [])}, TypeError, "read more than once, not generator"),
+    ({"meta_learning_rate": -0.1}, ValueError, "not negative"),
+    ({"meta_learning_rate": math.nan}, ValueError, "finite"),
+    ({"meta_learning_rate": math.inf}, ValueError, "finite"),
+    ({"meta_learning_rate": "0.1"}, TypeError, "a number, not str"),
+    ({"meta_learning_rate": True}, TypeError, "a number, not bool"),
+    ({"initial_search": 1}, TypeError, "True or False, not int"),
+    ({"initial_search": "yes"}, TypeError, "True or False, not str"),
+    ({"seed": 0.5}, TypeError, "whole number, not float"),
+    ({"seed": -1}, ValueError, "seed=-1"),
+    ({"seed": 2**32}, ValueError, "[0, 2**32)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "kind", "message"), BAD_ARGUMENTS)
+def test_every_argument_is_checked_where_it_is_given(arguments: Any, kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)) as caught:
+        LearnToLearn(**arguments)
+    assert next(iter(arguments)) in str(caught.value)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    settings = LearnToLearn(unroll_steps=np.int64(3), meta_learning_rate=np.float32(0.5), seed=np.int32(1)).settings
+    assert type(settings.unroll_steps) is int and settings.meta_learning_rate == 0.5
+
+
+def refused(trainer: Any, module: Any, message: str, callback: Any = None, **options: Any) -> str:
+    """The message of a fit that is refused, without having moved a parameter."""
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    data = options.pop("data", None) or loaders()
+    with pytest.raises((MisconfigurationException, ValueError, TypeError), match=message) as caught:
+        trainer(callback or learner(), **options).fit(module, **data)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    return str(caught.value)
+
+
+def test_manual_optimization_is_refused(trainer: Any) -> None:
+    class Manual(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    assert "meta_gradient" in refused(trainer, Manual(), "automatic optimization")
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`, this fit will run with no optimizer.*")
+def test_no_optimizer_is_refused(trainer: Any) -> None:
+    class Without(Plain):
+        def configure_optimizers(self) -> None:
+            return None
+
+    assert "Return a torch.optim optimizer" in refused(trainer, Without(), "no optimizer to work on")
+
+
+def test_an_optimizer_without_a_mirror_is_refused_with_those_that_have_one(trainer: Any) -> None:
+    module = Plain(lambda parameters: torch.optim.Rprop(parameters))
+    message = refused(trainer, module, "no differentiable mirror of Rprop")
+    assert "AdamW" in message and "register_mirror" in message
+
+
+def test_what_the_optimizer_does_not_have_cannot_be_learned(trainer: Any) -> None:
+    callback = learner(learned=LearnedHyperparameters(("learning_rate", "momentum")))
+    refused(trainer, Plain(lambda parameters: torch.optim.Adam(parameters)), "'momentum' cannot be learned", callback)
+    refused(trainer, Plain(sgd(0.1)), "momentum is 0", callback)
+
+
+def test_a_step_that_reads_the_iterator_is_refused(trainer: Any) -> None:
+    class Reads(Plain):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            return self.loss(next(dataloader_iter)[0])
+
+    refused(trainer, Reads(), "dataloader_iter")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated.*:FutureWarning")
+@pytest.mark.parametrize("normalise", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_weight_norm_is_refused(trainer: Any, normalise: Any) -> None:
+    class Normalised(Plain):
+        def make_net(self) -> nn.Module:
+            return nn.Sequential(normalise(nn.Linear(6, 4)), nn.Linear(4, 3))
+
+    assert "net.0" in refused(trainer, Normalised(), "weight_norm")
+
+
+def test_sparse_embeddings_are_refused(trainer: Any) -> None:
+    class Sparse(Plain):
+        def make_net(self) -> nn.Module:
+            return nn.ModuleList([nn.Embedding(3, 3, sparse=True)])
+
+    refused(trainer, Sparse(), "sparse gradients .here: net.0")
+
+
+def test_gradient_clipping_of_the_user_s_own_is_refused(trainer: Any) -> None:
+    class Clips(Plain):
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+            self.clip_gradients(optimizer, 0.5, "norm")
+
+    refused(trainer, Clips(), "configure_gradient_clipping of your own")
+    refused(trainer, Clips(), "configure_gradient_clipping of your own", gradient_clip_val=0.5)
+
+
+def test_an_unknown_strategy_is_refused(trainer: Any) -> None:
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    odd = type("ShardedStrategy", (), {})()
+    fitted = trainer(learner(), strategy=strategy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(fitted), "strategy", property(lambda self: odd))
+        with pytest.raises(MisconfigurationException, match="ShardedStrategy"):
+            learner().setup(fitted, Plain(), "fit")
+
+
+class Loses(Plain):
+    """Returns something else than the loss."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.change(self.loss(batch))
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loss: loss.expand(3), "a tensor of shape .3,."),
+        (lambda loss: {"loss": loss.expand(2)}, "a tensor of shape .2,."),
+        (lambda loss: None, "returned None"),
+        (lambda loss: {"no loss": loss}, "found NoneType|returned NoneType"),
+        (lambda loss: loss.item(), "returned float"),
+        (lambda loss: loss.detach(), "does not depend on any parameter"),
+        (lambda loss: loss * 0 - 1, "negative"),
+        (lambda loss: loss.round().long(), "floating-point"),
+    ],
+)
+def test_losses_that_cannot_be_learned_from_are_refused(trainer: Any, change: Any, message: str, search: bool) -> None:
+    if search and message == "negative":
+        pytest.skip("the search needs no logarithm; the rehearsal after it does")
+    callback = learner(initial_search=search)
+    refused(trainer, Loses(change), message, callback)
+
+
+def test_negative_losses_work_with_the_naive_objective(trainer: Any) -> None:
+    callback = learner(objective="naive")
+    trainer(callback).fit(Loses(lambda loss: loss - 5), **loaders())
+    assert callback.history and callback.history[-1]["meta_objective"] < 0
+    assert "objective='naive'" in refused(trainer, Loses(lambda loss: loss - 5), "negative")
+
+
+def test_no_validation_data_names_the_two_ways_out(trainer: Any) -> None:
+    class NoStep(Plain):
+        validation_step = Plain.__bases__[0].validation_step  # not overridden
+
+    data = {"train_dataloaders": loader()}
+    for module, options in [
+        (Plain(), {"data": data}),
+        (Plain(), {"limit_val_batches": 0}),
+        (NoStep(), {"data": data}),
+    ]:
+        message = refused(trainer, module, "needs validation data", **options)
+        assert "meta_data=my_loader" in message and "meta_data='train'" in message
+    for way_out in (learner(meta_data=loader()), learner(meta_data="train")):
+        trainer(way_out).fit(Plain(), loader())
+        assert way_out.history
+
+
+class Nothing(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+@pytest.mark.parametrize("empty", [DataLoader(Nothing(), 2), [], DataLoader(loader().dataset, 64, drop_last=True)])
+def test_empty_meta_data_is_said_to_be_empty(trainer: Any, empty: Any) -> None:
+    refused(trainer, Plain(), "no batch|drop_last" if empty else "no batch|needs validation", learner(meta_data=empty))
+
+
+def test_empty_validation_data_is_said_to_be_empty(trainer: Any) -> None:
+    data = {"train_dataloaders": loader(), "val_dataloaders": DataLoader(Nothing(), 2)}
+    refused(trainer, Rich(), "no batch", data=data)
+
+
+def test_an_operation_without_a_second_derivative_fails_before_the_first_step(trainer: Any) -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, inputs: Any) -> Any:
+            context.save_for_backward(inputs)
+            return inputs**2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(context: Any, gradient: Any) -> Any:
+            return gradient * 2 * context.saved_tensors[0]
+
+    module = Loses(lambda loss: Once.apply(loss))
+    before = module.net.weight.clone()
+    callback = observer()
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiat"):
+        trainer(callback).fit(module, **loaders())
+    assert torch.equal(before, module.net.weight)
