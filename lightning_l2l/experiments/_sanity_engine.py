@@ -29,7 +29,11 @@ def _against_the_closed_form() -> Iterator[Claim]:
     limit = float(task.stability_limit)
     for estimator in ("forward", "reverse"):
         worst = max(
-            abs(_engine(task, step_size, steps, "log", estimator) / (float(task.meta_gradient(step_size, steps)) * step_size) - 1)
+            abs(
+                _engine(task, step_size, steps, "log", estimator)
+                / (float(task.meta_gradient(step_size, steps)) * step_size)
+                - 1
+            )
             for steps, step_size in ((5, 0.1 * limit), (80, 0.9 * limit), (80, 5 * limit), (400, 5 * limit))
         )
         text = f"general engine, {estimator}, against the closed form (also where plain backprop dies)"

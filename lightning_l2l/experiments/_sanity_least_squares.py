@@ -1,7 +1,7 @@
 """Claims on least squares, section 4 of arXiv 2006.16495: when a step size needs held-out data.
 
-The paper's setting has dimension 1000; here it is 200 with the same ratios of samples to dimension, on which the numbers
-depend. Expected ranges are those that the full setting gave, in this package and in the paper's own code.
+The paper's setting has dimension 1000; here it is 200 with the same ratios of samples to dimension, on which the
+numbers depend. Expected ranges are those that the full setting gave, in this package and in the paper's own code.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 
 import torch
 
@@ -52,14 +53,23 @@ def _naive_and_log(task: Quadratic) -> Iterator[Claim]:
     sizes = torch.logspace(-6, math.log10(10 * limit), 2001, dtype=torch.float64)
     bound = 2 * largest * (largest + smallest) / (largest - smallest)
     steepest = float(task.meta_gradient(sizes, 1000).abs().max())
-    yield Claim("log meta-gradient, steepest of 2001 step sizes, over its limit 2L(L+a)/(L-a)", steepest / bound, 0.0, up_to=1.05)
+    yield Claim(
+        "log meta-gradient, steepest of 2001 step sizes, over its limit 2L(L+a)/(L-a)",
+        steepest / bound,
+        0.0,
+        up_to=1.05,
+    )
     changes = int((task.meta_gradient(sizes, 1000).sign().diff() != 0).sum())
     yield Claim("log objective: sign changes of the gradient (one minimum)", changes, 1)
     exploded = task.signed_log_meta_gradient(2 * limit, 1000, "naive").log_magnitude / math.log(10)
-    yield Claim("naive meta-gradient at twice the stability limit, 1000 steps: decades", float(exploded), 900, up_to=1000)
+    yield Claim(
+        "naive meta-gradient at twice the stability limit, 1000 steps: decades", float(exploded), 900, up_to=1000
+    )
     condition = Quadratic.random(20, seed=0, kind="condition", condition_number=2.0)
     vanished = condition.signed_log_meta_gradient(1.0, 1000, "naive").log_magnitude / math.log(10)
-    yield Claim("naive meta-gradient at a good step size, condition number 2: decades", float(vanished), -620, up_to=-580)
+    yield Claim(
+        "naive meta-gradient at a good step size, condition number 2: decades", float(vanished), -620, up_to=-580
+    )
 
 
 def _back_propagation(task: Quadratic) -> Iterator[Claim]:
@@ -84,22 +94,47 @@ def _back_propagation(task: Quadratic) -> Iterator[Claim]:
 
 def _optimum(task: Quadratic) -> Iterator[Claim]:
     limiting = float(task.limiting_step_size)
-    yield Claim("optimal step size for 1000 steps over 2/(L+a)", float(task.optimal_step_size(1000)) / limiting, 1.0, 0.0035)
+    yield Claim(
+        "optimal step size for 1000 steps over 2/(L+a)", float(task.optimal_step_size(1000)) / limiting, 1.0, 0.0035
+    )
     steps, best = 80, float(task.optimal_step_size(80))
-    yield Claim("meta-gradient there, over L", float(task.meta_gradient(best, 80)) / float(task.largest_curvature), 0.0, 1e-6)
+    yield Claim(
+        "meta-gradient there, over L", float(task.meta_gradient(best, 80)) / float(task.largest_curvature), 0.0, 1e-6
+    )
     for tolerance, budget in ((1e-2, 20), (1e-6, 40)):
         most = 0
         for start in (1e-6, 1e-3, 0.1, 10.0, 1000.0):
             found = bisect_log_step_size(
-                lambda eta: float(task.meta_gradient(eta, steps)), start, relative_tolerance=tolerance, max_evaluations=200
+                lambda eta: float(task.meta_gradient(eta, steps)),
+                start,
+                relative_tolerance=tolerance,
+                max_evaluations=200,
             )
             wrong = abs(found.step_size / best - 1) > tolerance
             most = max(most, 1000 if wrong else len(found.history))
-        yield Claim(f"meta-gradients to {tolerance:g} of the optimum, worst of starts 1e-6 to 1e3", most, 1, up_to=budget)
+        yield Claim(
+            f"meta-gradients to {tolerance:g} of the optimum, worst of starts 1e-6 to 1e3", most, 1, up_to=budget
+        )
     frozen = paper_schedule(
         lambda eta: task.backprop_meta_gradient(eta, steps, torch.float32).gradient, 0.1, 20, non_finite="skip"
     )
-    yield Claim("paper's schedule on float32 back-propagation from 0.1, after 20 meta-steps", frozen.step_sizes[-1], 0.1)
-    moved = paper_schedule(lambda eta: float(task.meta_gradient(eta, steps)), 0.1, 400)
-    last = sum(moved.step_sizes[-100:]) / 100
-    yield Claim("the same schedule on the exact gradient: last 100 over the optimum", last / best, 0.9, up_to=1.1)
+    yield Claim(
+        "paper's schedule on float32 back-propagation from 0.1, after 20 meta-steps", frozen.step_sizes[-1], 0.1
+    )
+    yield Claim(
+        "the same on the exact gradient, random quadratics that arrive within 10 %, of 4", _arrivals(4), 3, up_to=4
+    )
+
+
+def _log_gradient(task: Quadratic, step_size: float) -> float:
+    return float(task.meta_gradient(step_size, 80))
+
+
+def _arrivals(tasks: int) -> int:
+    """How often the paper's schedule ends (mean of its last 100 steps) near the optimum: typical, not universal."""
+    arrived = 0
+    for seed in range(tasks):
+        task = Quadratic.random(20, seed=seed, kind="square")
+        path = paper_schedule(partial(_log_gradient, task), 0.1, 400).step_sizes
+        arrived += abs(sum(path[-100:]) / 100 / float(task.optimal_step_size(80)) - 1) < 0.1
+    return arrived

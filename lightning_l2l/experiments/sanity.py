@@ -1,8 +1,8 @@
 """The built-in check: claims of this package and of the paper, each with the number found and the number expected.
 
-Needs no extras, no data and no network, and takes seconds. The oracles are independent of what they check: exact rational
-arithmetic, closed forms against the general engine, the paper's theorems, and measured numbers of the paper's own
-experiment in a smaller dimension.
+Needs no extras, no data and no network, and takes seconds. The oracles are independent of what they check: exact
+rational arithmetic, closed forms against the general engine, the paper's theorems, and measured numbers of the paper's
+own experiment in a smaller dimension.
 """
 
 from __future__ import annotations

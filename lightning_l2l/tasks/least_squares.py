@@ -183,8 +183,8 @@ class LeastSquares(LeastSquaresData):
             if objective == "log" and bool(result.unresolved.any()):
                 raise FloatingPointError(
                     f"At step size {step_size:.4g} the loss after {steps} steps is nothing but rounding, and the "
-                    "derivative of its logarithm is lost. Use dtype=torch.float64, fewer steps, objective='naive', or a "
-                    "grid with best_step_size."
+                    "derivative of its logarithm is lost. Use dtype=torch.float64, fewer steps, objective='naive', or "
+                    "a grid with best_step_size."
                 )
             return MetaSignal(
                 gradient=float(result.gradient.mean()),

@@ -1,0 +1,166 @@
+"""Plain training runs for comparisons: many tasks at once, the same tasks, starts and batches for every optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.core.inner_step import InnerStep
+from lightning_l2l.optimizers.base import LearnedOptimizer
+from lightning_l2l.optimizers.hyperparameters import LearnedHyperparameters
+from lightning_l2l.tasks.family import TaskFamily
+from lightning_l2l.tasks.stacked import LOSS_CHANNEL, START_LOSS, BatchedTasks, StackedTasks
+
+Baseline = Literal["adam", "sgd_momentum"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a set of runs gave.
+
+    Attributes:
+        name: The optimizer.
+        train: Loss on the batch of each step, before the step; ``[runs, steps]``. A run that diverged has the capped loss.
+        test: Loss on test data at the end, ``[runs]``; the last training loss where the tasks have no test data.
+        test_accuracy: Fraction classified correctly, ``[runs]``; NaN where that means nothing.
+        train_accuracy: The same on all training data.
+        diverged: How many runs were frozen.
+        seconds: Processor time of one step of one run.
+        learning_rate: For tuned baselines.
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    test_accuracy: Tensor
+    train_accuracy: Tensor
+    diverged: int
+    seconds: float
+    learning_rate: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Mean training loss over runs and steps, what the optimizers are ranked by."""
+        return self.train.mean().item()
+
+
+def runs(
+    name: str, learned: LearnedOptimizer, family: TaskFamily, steps: int, seeds: Sequence[int], divergence: float = 10.0
+) -> Runs:
+    """Train one task for each seed.
+
+    Args:
+        name: For the report.
+        learned: The optimizer.
+        family: Where the tasks come from.
+        steps: Training steps.
+        seeds: Each gives a task, a start and the batches.
+        divergence: See :class:`~lightning_l2l.tasks.stacked.StackedTasks`.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    tasks = [family.sample(generator) for generator in generators]
+    stack, generator = StackedTasks(tasks, divergence), torch.Generator().manual_seed(sum(seeds) + 1)
+    parameters = stack.initial_parameters(generator)
+    start = stack.losses(parameters, stack.batch("train", generator).data).detach()
+    step = InnerStep(stack, BatchedTasks(learned))
+    iterate = step.start({**parameters, LOSS_CHANNEL: torch.zeros_like(start)}, None, {START_LOSS: start})
+    limit, history = stack.limit(start), []
+    spent = 0.0
+    for _ in range(steps):
+        batch = stack.batch("train", generator)
+        begun = time.process_time()
+        own = {name: tensor for name, tensor in iterate.parameters.items() if name != LOSS_CHANNEL}
+        losses = stack.losses(own, batch.data)
+        told = (~(losses.detach() <= limit)).to(losses.dtype)
+        total = torch.where(losses.isfinite(), losses, 0.0).sum()
+        gradients = {**step.gradients(total, iterate, create_graph=False), LOSS_CHANNEL: told}
+        with torch.no_grad():
+            iterate = step.update(iterate, gradients).fresh()
+        spent += time.process_time() - begun
+        history.append(torch.where(losses.detach() < limit, losses.detach(), limit))
+    own = {name: tensor.detach() for name, tensor in iterate.parameters.items() if name != LOSS_CHANNEL}
+    test, accuracy, train_accuracy = _at_the_end(stack, own, history[-1], generator)
+    diverged = int((~iterate.state["alive"]).sum())
+    seconds = spent / (steps * len(seeds))
+    return Runs(name, torch.stack(history, 1), test, accuracy, train_accuracy, diverged, seconds)
+
+
+def baseline(kind: Baseline, learning_rate: float) -> LearnedOptimizer:
+    """Adam, or SGD with momentum 0.9."""
+    cls, options = (torch.optim.Adam, {}) if kind == "adam" else (torch.optim.SGD, {"momentum": 0.9})
+    return LearnedHyperparameters(("learning_rate",)).attach(inner_optimizer(cls, lr=learning_rate, **options))
+
+
+def tuned(
+    kind: Baseline,
+    family: TaskFamily,
+    steps: int,
+    tuning_seeds: Sequence[int],
+    seeds: Sequence[int],
+    score: Callable[[Runs], float] = lambda found: found.score,
+    exponents: tuple[int, int] = (-8, 2),
+) -> Runs:
+    """A baseline at the best step size of a half-decade grid: chosen on some seeds, reported on others.
+
+    Args:
+        kind: Which.
+        family: Where the tasks come from.
+        steps: Training steps.
+        tuning_seeds: Those that the step size is chosen on.
+        seeds: Those that are reported.
+        score: What the best has least of.
+        exponents: First and last half-decade: ``10**(exponent / 2)``.
+    """
+    grid = [10 ** (exponent / 2) for exponent in range(exponents[0], exponents[1] + 1)]
+    scores = [score(runs(kind, baseline(kind, rate), family, steps, tuning_seeds)) for rate in grid]
+    # NaN loses.
+    best = min(range(len(grid)), key=lambda index: scores[index] if scores[index] == scores[index] else float("inf"))
+    found = runs(kind, baseline(kind, grid[best]), family, steps, seeds)
+    return Runs(**{**found.__dict__, "learning_rate": grid[best]})
+
+
+def speed_up(learned: Runs, reference: Runs) -> float:
+    """Steps that the reference takes for its final loss, by the steps that the learned optimizer takes for the same loss.
+
+    Losses are means over runs, smoothed over 5 % of the steps; 0 if the learned optimizer never reaches it.
+    """
+    width = max(1, learned.train.shape[1] // 20)
+    curves = [_smoothed(found.train.mean(0), width) for found in (learned, reference)]
+    reached = (curves[0] <= curves[1][-1]).nonzero()
+    return 0.0 if len(reached) == 0 else len(curves[1]) / (int(reached[0]) + 1)
+
+
+def _smoothed(curve: Tensor, width: int) -> Tensor:
+    return curve.unfold(0, width, 1).mean(1)
+
+
+@torch.no_grad()
+def _at_the_end(
+    stack: StackedTasks, parameters: dict[str, Tensor], last: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = torch.full_like(last, torch.nan)
+    if not hasattr(stack.tasks[0], "full_batch"):
+        try:
+            return stack.losses(parameters, stack.batch("test", generator).data), nothing, nothing
+        except ValueError:
+            return last, nothing, nothing
+    train = _accuracy(stack, parameters, stack.batch("train", generator, full=True).data)
+    try:
+        test = stack.batch("test", generator, full=True).data
+    except ValueError:  # no test data
+        return last, nothing, train
+    return stack.losses(parameters, test), _accuracy(stack, parameters, test), train
+
+
+def _accuracy(stack: StackedTasks, parameters: dict[str, Tensor], data: Any) -> Tensor:
+    accuracy: Any = getattr(stack.tasks[0], "accuracy", None)
+    if accuracy is None:
+        return torch.full((len(stack.tasks),), torch.nan)
+    found: Tensor = torch.func.vmap(accuracy)(parameters, data)
+    return found
