@@ -13,7 +13,7 @@ from torchopt.base import GradientTransformation
 
 # Tensors that are updated as one vector may have this many elements: about what the caches hold of it (there are
 # some hundred numbers of features, activations and state for each).
-_LARGEST = 2**17
+_LARGEST = 2**16
 
 
 @dataclass
@@ -59,7 +59,7 @@ def divided(keys: Sequence[str], parameters: Mapping[str, Tensor], independent: 
         independent: Whether it makes no difference. Then they are on one device and not too many at once.
 
     Example:
-        >>> divided(["a", "b"], {"a": torch.empty(2**17), "b": torch.empty(1)}, independent=True)
+        >>> divided(["a", "b"], {"a": torch.empty(2**16), "b": torch.empty(1)}, independent=True)
         [('a',), ('b',)]
     """
     if not independent:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -73,17 +73,17 @@ class Layout:
         """The layout of these tensors; the same for the same names and shapes in the same order."""
         return _layout(tuple((name, tensor.shape) for name, tensor in tensors.items()))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The names in the order in which the tensors lie."""
         return tuple(name for bucket in self.buckets for name in bucket.names)
 
-    @property
-    def sizes(self) -> list[int]:
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
         """The number of elements of each tensor, in the same order."""
-        return [bucket.size for bucket in self.buckets for _ in bucket.names]
+        return tuple(bucket.size for bucket in self.buckets for _ in bucket.names)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The number of elements N."""
         return sum(bucket.elements for bucket in self.buckets)
@@ -95,7 +95,7 @@ class Layout:
     def unflatten(self, vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse: a dictionary in the order of ``like``, each tensor in its dtype."""
         # One split is one node in the graph; a slice for each tensor would cost a full-size zero tensor each.
-        parts = dict(zip(self.names, torch.split(vector, self.sizes), strict=True))
+        parts = dict(zip(self.names, torch.split(vector, list(self.sizes)), strict=True))
         return {name: parts[name].view_as(tensor).to(tensor.dtype) for name, tensor in like.items()}
 
     def split(self, rows: Tensor) -> list[Tensor]:
@@ -121,7 +121,7 @@ class Layout:
             values: In the order of :attr:`names`.
             sizes: How often each value is repeated; :attr:`sizes` by default.
         """
-        counts = self.sizes if sizes is None else list(sizes)
+        counts = self.sizes if sizes is None else sizes
         repeats = torch.tensor(counts, device=values.device)
         return values.repeat_interleave(repeats, output_size=sum(counts))
 
