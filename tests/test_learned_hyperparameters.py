@@ -163,6 +163,27 @@ def test_bounds_are_about_the_rate_before_the_schedule():
     assert learned.values()[0]["lr"] == pytest.approx(0.1 * math.e, rel=1e-15)
 
 
+def test_rounding_at_a_bound_gives_no_value_that_torch_refuses():
+    rounded_below = 0
+    for base in torch.linspace(0.01, 0.99, 99).tolist():
+        learned = LearnedHyperparameters(("momentum",))
+        learned.attach(inner_optimizer(torch.optim.SGD, lr=0.1, momentum=base))
+        with torch.no_grad():
+            learned.momentum.fill_(100.0)
+        learned.project_()
+        rounded_below += learned._cells("momentum").item() < 0
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=learned.values()[0]["momentum"])
+    assert rounded_below > 0  # else this test would show nothing
+
+
+def test_a_live_value_that_has_left_its_bounds_is_not_moved_by_projecting():
+    learned = LearnedHyperparameters(("momentum",), bounds={"momentum": (0.5, 0.9)})
+    learned.attach(inner_optimizer(torch.optim.SGD, lr=0.1, momentum=0.8))
+    learned.attach(inner_optimizer(torch.optim.SGD, lr=0.1, momentum=0.95))  # cycled, as OneCycleLR does
+    learned.project_()
+    assert learned.values() == [{"momentum": 0.95}]
+
+
 @pytest.mark.parametrize("per", ["optimizer", "group", "tensor"])
 def test_attaching_again_keeps_what_was_learned_and_refreshes_the_bases(per):
     net, optimizer, learned = attached(per=per)

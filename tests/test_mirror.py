@@ -117,7 +117,6 @@ def largest_difference(net, optimizer, transformation, state, data) -> float:
 
 
 # Reached over all cases (torch 2.13, CPU): 1.8e-7 in float32 (NAdam 5.4e-7) and 9e-16 in float64.
-# numbers.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CASES)
 def test_parity_with_torch_over_twenty_steps_from_a_live_state(case, dtype):
