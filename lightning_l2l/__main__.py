@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Options of a command: python -m lightning_l2l COMMAND --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    sanity = commands.add_parser("sanity", help="check every claim of the package in seconds; exit status 0 if all hold")
+    sanity = commands.add_parser(
+        "sanity", help="check every claim of the package in seconds; exit status 0 if all hold"
+    )
     sanity.add_argument("--plots", metavar="DIR", help="also write figures there (needs matplotlib)")
     for name, explanation in _EXPERIMENTS.items():
         commands.add_parser(name, help=explanation, add_help=False)

@@ -1,8 +1,8 @@
 """Figures: the run of a callback, and the look that all figures of this package share.
 
 Colours are those of Okabe and Ito, which people with any colour vision tell apart; every line also has a dash pattern
-of its own, for greyscale. matplotlib is imported when a figure is drawn, not before, and ``pyplot`` never: no window, no
-global state.
+of its own, for greyscale. matplotlib is imported when a figure is drawn, not before, and ``pyplot`` never: no window,
+no global state.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def require_matplotlib() -> None:
         ImportError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise ImportError(
-            'Figures need matplotlib, which is not installed: pip install "lightning-l2l[plots]" (or matplotlib itself).'
-        )
+        raise ImportError('Figures need matplotlib, which is not installed: pip install "lightning-l2l[plots]".')
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = 4.3, height: float = 3.0) -> tuple[Figure, Any]:
@@ -73,8 +71,8 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 4.3, height: f
 def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
     """The learning rates and the meta-objective of a run, over its training steps.
 
-    A cross at the bottom marks a meta-update whose gradient was refused (``diagnostics["note"]`` says why): the look-ahead
-    had diverged, or left the number range. What cannot be drawn, such as an infinite objective, is left out.
+    A cross at the bottom marks a meta-update whose gradient was refused (``diagnostics["note"]`` says why): the
+    look-ahead had diverged, or left the number range. What cannot be drawn, such as an infinite objective, is left out.
 
     Args:
         history: :attr:`LearnToLearn.history`, one record for each meta-update.
@@ -129,7 +127,9 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
 def _draw_rates(axis: Axes, steps: list[int], rates: list[list[float]]) -> None:
     # A group may be added during the run; its line starts where it does.
     count = max(len(record) for record in rates)
-    lines = [[_drawable(record[which]) if which < len(record) else math.nan for record in rates] for which in range(count)]
+    lines = [
+        [_drawable(record[which]) if which < len(record) else math.nan for record in rates] for which in range(count)
+    ]
     if count > _MOST_LINES:
         middle = [sorted(record)[len(record) // 2] for record in rates]
         axis.plot(steps, middle, marker=".", label=f"median of {count} groups", **STYLES[0])

@@ -17,7 +17,7 @@ from lightning_l2l.optimizers.hyperparameters import LearnedHyperparameters
 from lightning_l2l.tasks.family import TaskFamily
 from lightning_l2l.tasks.stacked import LOSS_CHANNEL, START_LOSS, BatchedTasks, StackedTasks
 
-Baseline = Literal["adam", "sgd_momentum"]
+Baseline = Literal["adam", "sgd_momentum", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Runs:
 
     Attributes:
         name: The optimizer.
-        train: Loss on the batch of each step, before the step; ``[runs, steps]``. A run that diverged has the capped loss.
-        test: Loss on test data at the end, ``[runs]``; the last training loss where the tasks have no test data.
+        train: Loss on the batch of each step, before the step; ``[runs, steps]``. A run that diverged has the capped
+            loss.
+        test: Loss on test data at the end, ``[runs]``; NaN where the tasks have none.
+        val: The same on validation data.
         test_accuracy: Fraction classified correctly, ``[runs]``; NaN where that means nothing.
         train_accuracy: The same on all training data.
         diverged: How many runs were frozen.
@@ -38,6 +40,7 @@ class Runs:
     name: str
     train: Tensor
     test: Tensor
+    val: Tensor
     test_accuracy: Tensor
     train_accuracy: Tensor
     diverged: int
@@ -85,15 +88,20 @@ def runs(
         spent += time.process_time() - begun
         history.append(torch.where(losses.detach() < limit, losses.detach(), limit))
     own = {name: tensor.detach() for name, tensor in iterate.parameters.items() if name != LOSS_CHANNEL}
-    test, accuracy, train_accuracy = _at_the_end(stack, own, history[-1], generator)
+    ends = [_at_the_end(stack, own, split, generator) for split in ("test", "val", "train")]
+    (test, accuracy), (val, _), (_, train_accuracy) = ends
     diverged = int((~iterate.state["alive"]).sum())
     seconds = spent / (steps * len(seeds))
-    return Runs(name, torch.stack(history, 1), test, accuracy, train_accuracy, diverged, seconds)
+    return Runs(name, torch.stack(history, 1), test, val, accuracy, train_accuracy, diverged, seconds)
 
 
 def baseline(kind: Baseline, learning_rate: float) -> LearnedOptimizer:
-    """Adam, or SGD with momentum 0.9."""
-    cls, options = (torch.optim.Adam, {}) if kind == "adam" else (torch.optim.SGD, {"momentum": 0.9})
+    """Adam, or SGD with momentum 0.9, or without."""
+    cls, options = {
+        "adam": (torch.optim.Adam, {}),
+        "sgd_momentum": (torch.optim.SGD, {"momentum": 0.9}),
+        "sgd": (torch.optim.SGD, {}),
+    }[kind]
     return LearnedHyperparameters(("learning_rate",)).attach(inner_optimizer(cls, lr=learning_rate, **options))
 
 
@@ -126,7 +134,7 @@ def tuned(
 
 
 def speed_up(learned: Runs, reference: Runs) -> float:
-    """Steps that the reference takes for its final loss, by the steps that the learned optimizer takes for the same loss.
+    """Steps that the reference takes for its final loss, by the steps that the learned optimizer takes for it.
 
     Losses are means over runs, smoothed over 5 % of the steps; 0 if the learned optimizer never reaches it.
     """
@@ -142,25 +150,14 @@ def _smoothed(curve: Tensor, width: int) -> Tensor:
 
 @torch.no_grad()
 def _at_the_end(
-    stack: StackedTasks, parameters: dict[str, Tensor], last: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = torch.full_like(last, torch.nan)
-    if not hasattr(stack.tasks[0], "full_batch"):
-        try:
-            return stack.losses(parameters, stack.batch("test", generator).data), nothing, nothing
-        except ValueError:
-            return last, nothing, nothing
-    train = _accuracy(stack, parameters, stack.batch("train", generator, full=True).data)
+    stack: StackedTasks, parameters: dict[str, Tensor], split: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Loss and accuracy on a split, all of it where the tasks know how; NaN for what there is not."""
+    nothing = torch.full((len(stack.tasks),), torch.nan)
     try:
-        test = stack.batch("test", generator, full=True).data
-    except ValueError:  # no test data
-        return last, nothing, train
-    return stack.losses(parameters, test), _accuracy(stack, parameters, test), train
-
-
-def _accuracy(stack: StackedTasks, parameters: dict[str, Tensor], data: Any) -> Tensor:
+        data = stack.batch(split, generator, full=hasattr(stack.tasks[0], "full_batch")).data
+    except ValueError:  # no such split, which the task refuses
+        return nothing, nothing
     accuracy: Any = getattr(stack.tasks[0], "accuracy", None)
-    if accuracy is None:
-        return torch.full((len(stack.tasks),), torch.nan)
-    found: Tensor = torch.func.vmap(accuracy)(parameters, data)
-    return found
+    correct = nothing if accuracy is None else torch.func.vmap(accuracy)(parameters, data)
+    return stack.losses(parameters, data), correct

@@ -10,10 +10,13 @@ from typing import Literal
 
 import torch
 
+from lightning_l2l.core.inner import inner_optimizer
 from lightning_l2l.core.meta_optimizer import MetaOptimizer
+from lightning_l2l.optimizers import LearnedStepSize
 from lightning_l2l.plotting import STYLES, new_figure, require_matplotlib
 from lightning_l2l.tasks import Quadratic
 
+_META_LEARNING_RATE = 0.4
 _COLUMNS = ("steps", "step_size", "naive", "log", "naive_log10_gradient", "log_gradient")
 
 
@@ -25,14 +28,14 @@ def run(
     kind: Literal["square", "wide"] = "wide",
     horizons: Sequence[int] = (1, 5, 20, 80),
     initial_step_size: float = 1e-4,
-    meta_steps: int = 60,
+    meta_steps: int = 120,
     points: int = 241,
     plots: bool = True,
 ) -> list[Path]:
     """Evaluate both meta-objectives of a random quadratic over the step size, and walk down the log one.
 
-    Everything is exact (closed form, float64). The walk is the callback's own: Adam on the logarithm of the step size,
-    with the meta-gradient of the log objective for the longest horizon.
+    Everything is exact (closed form, float64). The walk is the callback's own: its meta-optimizer on the logarithm of
+    the step size, with the meta-gradient of the log objective for the longest horizon.
 
     Args:
         output: Folder for ``landscape.csv``, ``trajectory.csv`` and ``landscape.png``; made if missing.
@@ -95,14 +98,14 @@ def _curve(task: Quadratic, grid: torch.Tensor, steps: int) -> list[tuple[float,
 
 
 def _walk(task: Quadratic, start: float, steps: int, meta_steps: int) -> list[tuple[float, ...]]:
-    offset = torch.nn.Parameter(torch.tensor(math.log(start), dtype=torch.float64))
-    meta_optimizer = MetaOptimizer([offset], learning_rate=0.3)
-    walk = []
+    learned = LearnedStepSize(maximum=1e12).attach(inner_optimizer(torch.optim.SGD, lr=start))
+    meta_optimizer = MetaOptimizer(learned.parameters(), learning_rate=_META_LEARNING_RATE)
+    walk: list[tuple[float, ...]] = []
     for meta_step in range(meta_steps + 1):
-        step_size = offset.detach().exp()
-        walk.append((float(meta_step), float(step_size), float(task.meta_objective(step_size, steps, "log"))))
-        offset.grad = task.meta_gradient(step_size, steps, "log") * step_size  # with respect to the logarithm
-        meta_optimizer.step()
+        step_size = learned.values()[0]["lr"]
+        walk.append((float(meta_step), step_size, float(task.meta_objective(step_size, steps, "log"))))
+        gradient = task.meta_gradient(step_size, steps, "log") * step_size  # with respect to the logarithm
+        meta_optimizer.apply(learned, {"learning_rate": gradient.reshape(1)})
     return walk
 
 
@@ -117,7 +120,7 @@ def _write(path: Path, header: Sequence[str], rows: list[tuple[float, ...]]) -> 
 def _draw(
     path: Path, task: Quadratic, rows: list[tuple[float, ...]], walk: list[tuple[float, ...]], horizons: list[int]
 ) -> Path:
-    figure, axes = new_figure(1, 3, width=3.9, height=3.7)
+    figure, axes = new_figure(1, 3, width=3.2, height=3.3)
     naive, log, learning = axes[0]
     longest = max(horizons)
     first = math.log(float(task(task.initial_parameters(), None)))  # log f(w_0): all curves start at "no progress"
@@ -144,6 +147,6 @@ def _draw(
     naive.set(title="naive objective", ylabel="decades above the first loss")
     log.set(title="log objective", ylabel="change of log loss per step")
     learning.set(title="learning on the log objective", xlabel="meta-step", ylabel="step size", yscale="log")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(path)
     return path

@@ -78,7 +78,9 @@ def _figures(folder: Path) -> list[Path]:
 
     files = list(landscape.run(folder / "landscape"))
     files += quadratic.run(folder / "quadratic", meta_steps=200, progress=False).files
-    small = {"dimension": 200, "samples": 100, "tasks": 60}
-    least_squares.run(folder / "least_squares", **small, sweep="samples", progress=False,  # type: ignore[arg-type]
-                      sweep_values=(20, 50, 100, 150, 200, 300, 400, 800))  # fmt: skip
-    return [path for path in [*files, *sorted((folder / "least_squares").iterdir())] if path.suffix == ".png"]
+    one, several = folder / "least_squares", folder / "least_squares_by_samples"
+    least_squares.run(one, dimension=200, samples=100, tasks=60, progress=False)
+    sizes = (20, 50, 100, 150, 200, 300, 400, 800)
+    least_squares.run(several, dimension=200, tasks=60, sweep="samples", sweep_values=sizes, progress=False)
+    files += [*sorted(one.iterdir()), *sorted(several.iterdir())]
+    return [path for path in files if path.suffix == ".png"]

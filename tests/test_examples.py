@@ -1,0 +1,123 @@
+"""Every example runs, quickly, and does what its first lines say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "digits_task")
+
+
+@pytest.fixture(autouse=True)
+def _at_home_in_the_folder_of_examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """As if each had been started from an empty folder: files land there, and one thread stays their own choice."""
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+
+
+def load(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_digits_prints_the_table_and_writes_the_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    results = load("digits").main(["--quick"])
+    printed = capsys.readouterr().out
+    assert set(results) == {"mlp", "convnet"}
+    for runs in results.values():
+        plain, learned, best = runs.values()
+        assert plain.start == plain.rates[-1][1] == 1e-3
+        assert learned.start != 1e-3 and learned.rates[-1][1] != learned.start
+        assert learned.loss < plain.loss
+        assert best.seconds > 0
+    for heading in ("rate: start", "end", "test loss", "accuracy", "seconds", "as it is", "LearnToLearn", "best of 2"):
+        assert heading in printed
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+
+def test_quadratic_meta_gradients_are_those_of_the_closed_form(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = load("quadratic").main(["--quick"])
+    assert [step for step, *_ in rows] == list(range(5, 41, 5))
+    for _, _, _, found, exact in rows:
+        assert found == pytest.approx(exact, rel=1e-9)  # float64; ten steps of rounding
+    assert all(0.1 < rate / best < 2 for _, rate, best, _, _ in rows)  # from 1e-6: the initial search has found it
+    assert "in closed form" in capsys.readouterr().out
+
+
+def test_plain_pytorch_learns_without_lightning(capsys: pytest.CaptureFixture[str]) -> None:
+    rates, without, with_learning = load("plain_pytorch").main(["--quick"])
+    assert len(rates) == 3 and rates[-1] > rates[0]  # 48 steps; from 0.01 the way is up
+    assert with_learning < without
+    assert "test loss" in capsys.readouterr().out
+
+
+def test_per_group_learns_a_rate_for_each_group(capsys: pytest.CaptureFixture[str]) -> None:
+    body, head = load("per_group").main(["--quick"])
+    assert body != head
+    one = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("one learned rate"))
+    assert len(set(re.findall(r"(?:body|head)\s+(\S+)", one))) == 1
+
+
+def test_momentum_and_decay_are_learned_and_stay_legal() -> None:
+    last = load("momentum_and_decay").main(["--quick"])
+    assert last["momentum"] != 0.9 and 0 <= last["momentum"] < 1
+    assert last["weight_decay"] != 1e-3 and last["weight_decay"] > 0
+
+
+def test_diagnostics_explain_a_refused_gradient(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    module = load("diagnostics")
+    history = module.main(["--quick"])
+    assert all(record["diagnostics"]["note"] == "" for record in history)
+    assert "usable: False, gradient: nan" in capsys.readouterr().out
+    assert (tmp_path / "diagnostics.png").stat().st_size > 10_000
+
+
+QUIET = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config", str(EXAMPLES / "digits.yaml")], {"every_n_steps": 20}),
+        (
+            ["--config", str(EXAMPLES / "digits.yaml"), "--trainer.callbacks.init_args.every_n_steps=10"],
+            {"every_n_steps": 10, "objective": "log"},
+        ),
+        (
+            ["--trainer.callbacks=lightning_l2l.LearnToLearn", "--trainer.callbacks.objective=naive"],
+            {"every_n_steps": 20, "objective": "naive"},
+        ),
+    ],
+    ids=["yaml", "yaml and an option", "options alone"],
+)
+def test_command_line_configures_the_callback(arguments: list[str], expected: dict[str, Any]) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning_l2l import LearnToLearn
+
+    cli = load("digits_cli").main(["fit", *arguments, *QUIET, "--trainer.max_epochs=2", "--trainer.accelerator=cpu"])
+    (callback,) = (found for found in cli.trainer.callbacks if isinstance(found, LearnToLearn))
+    assert {name: getattr(callback.settings, name) for name in expected} == expected
+    assert callback.history
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_example_is_short_and_explains_itself(name: str) -> None:
+    source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 100
+    assert f"python examples/{name}.py" in source.split('"""')[1]
