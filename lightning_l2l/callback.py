@@ -35,7 +35,7 @@ class LearnToLearn(pl.Callback):
 
     **When it helps.** You do not know a good learning rate, or one constant rate is not good all the way. **What it
     costs**: about three training steps for each unrolled step, so with the defaults 0.75 of the training again, plus
-    the range test, some 200 steps. **What it does not do**: it needs automatic optimization, a single device, and an
+    the range test, 5 % of its steps. **What it does not do**: it needs automatic optimization, a single device, and an
     optimizer with a mirror (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad); everything that is refused is refused
     before training, with the reason.
 
@@ -79,7 +79,7 @@ class LearnToLearn(pl.Callback):
         objective: Objective = "log",
         meta_data: Literal["val", "train"] | Iterable[Any] = "val",
         estimator: Estimator = "auto",
-        meta_learning_rate: float = 0.3,
+        meta_learning_rate: float = 0.4,
         initial_search: bool = True,
         seed: int = 0,
     ) -> None:
@@ -90,7 +90,6 @@ class LearnToLearn(pl.Callback):
             unroll_steps, every_n_steps, objective, meta_data, estimator, meta_learning_rate, initial_search, seed
         )
         self._template = learned if learned is not None else LearnedStepSize(per="group")
-        self._state: dict[str, Any] = {}  # of the fit that has ended
         self._fitting = False
         self._reset()
 
@@ -100,19 +99,18 @@ class LearnToLearn(pl.Callback):
         self.learning_rates: list[float] = []
         self.search_result: SearchResult | None = None
         self._session: Session | None = None
-        self._loaded: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}  # of the fit that has ended
+        self._loaded: dict[str, Any] = {}  # what the next fit goes on from
         self._warned: set[str] = set()
-
-    # -- the fit begins -------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what can be refused before there is a model on a device."""
         self._fitting = stage == "fit"
         if self._fitting:
-            self._reset()
-            # The same Trainer goes on with the same training (after Ctrl-C, or for more epochs), and so do we.
-            self._loaded = self._state if trainer.global_step > 0 else {}
-            self._state = {}
+            if trainer.global_step == 0:
+                self._reset()
+            # Else the same Trainer goes on with the same training (after Ctrl-C, or for more epochs), and so do we.
+            self._loaded = self._state
             refuse_strategy(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,6 +120,7 @@ class LearnToLearn(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizer, restored or fresh, and find a rate to start from."""
+        self.learned = copy.deepcopy(self._template)
         self._session = Session(trainer, pl_module, self.learned, self.settings, self._loaded)
         self.history = copy.deepcopy(self._loaded.get("history", []))
         if not self._session.opens_late:
@@ -137,10 +136,8 @@ class LearnToLearn(pl.Callback):
 
     @property
     def _running(self) -> Session:
-        assert self._session is not None, "Lightning calls these hooks between on_train_start and teardown"
+        assert self._session is not None
         return self._session
-
-    # -- every batch ----------------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -195,8 +192,6 @@ class LearnToLearn(pl.Callback):
             rank_zero_warn(f"LearnToLearn, after step {update.step}: {update.note} (Said once; see .history.)")
         return logged_values(update)
 
-    # -- the fit ends ---------------------------------------------------------------------------------------
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the training was too short to learn anything: its length cannot always be known in advance."""
         if not self.history and trainer.global_step > 0:
@@ -235,8 +230,6 @@ class LearnToLearn(pl.Callback):
         figure: Figure = plot_history(self.history, path=path)
         return figure
 
-    # -- checkpoints ----------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings and containers: torch loads checkpoints with ``weights_only``."""
         return self._state or self._loaded if self._session is None else self._state_of(self._session)
@@ -248,14 +241,10 @@ class LearnToLearn(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """The checkpoint decides, also if there is nothing of ours in it."""
-        self._loaded = {}
+        self._state, self._loaded = {}, {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved state for ``on_train_start``: there is no optimizer yet.
-
-        Raises:
-            ValueError: The state is of another version, or damaged.
-        """
+        """Keep a saved state for ``on_train_start``; a ValueError if it is of another version, or damaged."""
         if self._fitting:  # a validation does not need it, and must not fail for it
             check_saved(state_dict)
         self._loaded = state_dict

@@ -41,7 +41,8 @@ def trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """An initial search of three steps per candidate: the tests are about what is around it."""
-    monkeypatch.setattr("lightning_l2l.host.look_ahead._SEARCH_STEPS", 3)
+    monkeypatch.setattr("lightning_l2l.host.look_ahead.search_budget", lambda planned: 36)
+    monkeypatch.setattr("lightning_l2l.host.look_ahead.search_steps", lambda budget: 3)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,7 +18,11 @@ from lightning_l2l.host import applied as applied_module
 from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.session import Session
 
-HOOKS = [name for name in vars(LearnToLearn) if name.startswith("on_") and name not in ("on_exception", "on_load_checkpoint")]
+HOOKS = [name for name in vars(LearnToLearn) if name.startswith("on_")]
+HOOKS = [name for name in HOOKS if name not in ("on_exception", "on_load_checkpoint")]
+
+
+OURS = {"log", "log_dict", "lr_scheduler_step"}
 
 
 class Boom(Exception):
@@ -29,10 +33,10 @@ def traces(fitted: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
     """Everything that we might have left behind."""
     optimizer = fitted.optimizers[0] if fitted.optimizers else None
     return {
-        "module": {k for child in module.modules() for k in vars(child) if k in ("log", "log_dict", "lr_scheduler_step")},
+        "module": {name for child in module.modules() for name in OURS & set(vars(child))},
         "loggers": [type(logger).__name__ for logger in fitted.loggers],
         "callbacks": [type(callback).__name__ for callback in fitted.callbacks],
-        "hooks": [] if optimizer is None else [*optimizer._optimizer_step_post_hooks, *optimizer._optimizer_step_pre_hooks],
+        "hooks": [] if optimizer is None else list(optimizer._optimizer_step_post_hooks),
         "groups": 1 if optimizer is None else len(optimizer.param_groups),
         "training": {child.training for child in module.modules()},
         "stance": torch._dynamo.eval_frame._stance.stance,
@@ -118,7 +122,8 @@ def test_nothing_is_left_after_an_exception_in_any_of_our_hooks(
 
 
 STAGES = [
-    (Session, "remember"), (Session, "rehearse"), (Session, "finish_step"), (Session, "search"), (Session, "state_dict"),
+    (Session, "remember"), (Session, "rehearse"), (Session, "finish_step"), (Session, "search"),
+    (Session, "state_dict"),
     (LookAhead, "__init__"), (LookAhead, "held_out"), (LookAhead, "meta_gradient"),
     (applied_module.AppliedValues, "split"), (applied_module.AppliedValues, "_write"),
 ]  # fmt: skip
@@ -136,6 +141,20 @@ def test_nothing_is_left_after_an_exception_inside(
     fitted = trainer(callback)
     with pytest.raises(Boom):
         fitted.fit(module, **loaders())
+    assert_clean(fitted, module, callback)
+
+
+def test_groups_are_whole_after_an_exception_between_our_hook_and_the_step(trainer: Any) -> None:
+    class Fails(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            assert len(optimizer.param_groups) > 1  # one for each tensor
+            raise Boom
+
+    callback, module = learner(learned=LearnedStepSize(per="tensor")), Rich()
+    fitted = trainer(callback, Fails())
+    with pytest.raises(Boom):
+        fitted.fit(module, **loaders())
+    fitted.callbacks.pop()
     assert_clean(fitted, module, callback)
 
 

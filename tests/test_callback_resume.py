@@ -12,7 +12,7 @@ from helpers import Plain, Rich, difference, learner, loaders, observer, outcome
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import lr_scheduler
 
-from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn
+from lightning_l2l import LearnedHyperparameters, LearnedStepSize
 from lightning_l2l.host.windows import RememberedWindows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*that ended before the epoch ended.*")
@@ -48,7 +48,8 @@ class Deterministic(Plain):
     """Without dropout: Lightning does not restore random numbers."""
 
     def make_net(self) -> torch.nn.Module:
-        return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        nn = torch.nn
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
 
 
 COSINE = lambda o: {"scheduler": lr_scheduler.CosineAnnealingLR(o, 40), "interval": "step"}  # noqa: E731
@@ -239,8 +240,10 @@ def test_the_state_is_plain(trainer: Any) -> None:
 
     def check(value: Any) -> None:
         assert type(value) in (dict, list, tuple, int, float, bool, str, torch.Tensor, type(None)), type(value)
-        for item in (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        if isinstance(value, dict):
+            value = [*value.keys(), *value.values()]
+        for item in value if isinstance(value, (list, tuple)) else ():
             check(item)
 
-    check({k: v for k, v in callback.state_dict().items()})
+    check(callback.state_dict())
     assert observer().state_dict() == {}

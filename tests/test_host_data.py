@@ -85,8 +85,10 @@ def test_collate_function_batch_sampler_and_whole_batches_of_the_data_set_are_re
 
 
 def test_a_limit_uses_the_first_batches_only() -> None:
-    assert sorted(sum(numbers(IndexedBatches(DataLoader(Numbers(40), 4), 0, limit=2), 4), [])) == sorted([*range(8)] * 2)
-    assert numbers(IndexedBatches(DataLoader(Numbers(4), batch_sampler=[[0], [1], [2]]), 0, limit=1), 2) == [[0], [0]]
+    first = IndexedBatches(DataLoader(Numbers(40), 4), 0, limit=2)
+    assert sorted(sum(numbers(first, 4), [])) == sorted([*range(8)] * 2)
+    only = IndexedBatches(DataLoader(Numbers(4), batch_sampler=[[0], [1], [2]]), 0, limit=1)
+    assert numbers(only, 2) == [[0], [0]]
 
 
 def test_augmentation_is_the_same_for_a_number_and_does_not_touch_the_run() -> None:
@@ -144,12 +146,13 @@ def test_endless_streams_and_batches_without_tensors_are_read() -> None:
 
 def test_persistent_workers_of_the_run_are_not_ours() -> None:
     data = DataLoader(Stream(4), 2, num_workers=1, persistent_workers=True)
-    ours, theirs = StreamedBatches(data, 0), None
-    ours.batch(0)
-    assert data._iterator is None
+    early = StreamedBatches(data, 0)
+    early.batch(0)
+    assert data._iterator is None  # the run's first iterator draws its seed itself
     theirs = iter(data)
     next(theirs)
-    ours.batch(3)
+    late = StreamedBatches(data, 0)
+    early.batch(3), late.batch(3)
     assert next(theirs).tolist() == [2, 3]
 
 
@@ -262,7 +265,8 @@ def test_memory_travels_through_a_safe_checkpoint() -> None:
     file.seek(0)
     again = RememberedWindows(2)
     again.load_state_dict(torch.load(file, weights_only=True), CPU)
-    assert contents(again) == contents(windows) and difference(again.unfinished().batches, windows.unfinished().batches) == ""
+    assert contents(again) == contents(windows)
+    assert difference(again.unfinished().batches, windows.unfinished().batches) == ""
     again.load_state_dict({}, CPU)
     assert len(again) == 0
 

@@ -80,7 +80,7 @@ class IndexedBatches:
                 most = _MOST_INDICES if limit is None else limit * loader.batch_size
                 self._indices = list(islice(iter(_without_data(loader.sampler, loader)), most))
                 whole = len(self._indices) // loader.batch_size
-                self._per_pass = max(whole, min(1, len(self._indices)))
+                self._per_pass = whole if loader.drop_last else max(whole, min(1, len(self._indices)))
             else:
                 source = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
                 most = _MOST_INDICES if limit is None else limit

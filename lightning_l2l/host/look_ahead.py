@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.core.clip import clip_gradient_norm, clip_gradient_value
-from lightning_l2l.core.initial_search import SearchResult, search_learning_rate
+from lightning_l2l.core.initial_search import SearchResult, search_budget, search_learning_rate, search_steps
 from lightning_l2l.core.inner import read_state
 from lightning_l2l.core.inner_step import InnerStep
 from lightning_l2l.core.meta_gradient import meta_gradient
@@ -24,6 +24,7 @@ from lightning_l2l.host.trainer import (
     moved_batch,
     overfitted_batches,
     peak_rates,
+    planned_steps,
     validation_loaders,
 )
 from lightning_l2l.host.training_step import TrainingStep, Window, joined, owned_tensors
@@ -32,8 +33,7 @@ from lightning_l2l.optimizers import LearnedOptimizer
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-# A range test of this many steps per candidate, on as many held-out batches (docs, "initial search").
-_SEARCH_STEPS = 20
+# Held-out batches that a candidate of the initial search is judged by (docs, "initial search").
 _SEARCH_BATCHES = 4
 
 
@@ -125,16 +125,18 @@ class LookAhead:
             return "the optimizer's learning rate is zero, so there is nothing to multiply"
         if self._learned.scaled_rate(1.0) is None:
             return f"{type(self._learned).__name__} has no learning rate to search"
+        budget = search_budget(planned_steps(self._trainer))
+        steps = search_steps(budget)
         source = self._source(loader, held_out=False)
-        windows = [self._moved(source.batch(number), held_out=False) for number in range(_SEARCH_STEPS)]
+        windows = [self._moved(source.batch(number), held_out=False) for number in range(steps)]
         if self._held_out is None:
-            numbers = range(_SEARCH_STEPS, _SEARCH_STEPS + _SEARCH_BATCHES)
+            numbers = range(steps, steps + _SEARCH_BATCHES)
             judges = [self._moved(source.batch(number), held_out=False) for number in numbers]
         else:
             judges = [self.held_out(number) for number in range(_SEARCH_BATCHES)]
         parameters, buffers = owned_tensors(self._module, self._optimizer)
 
-        def loss_at(candidate: float) -> tuple[float, int]:
+        def loss_after(windows: Sequence[Window], candidate: float) -> tuple[float, int]:
             step = InnerStep(self._loss, self._learned, self._clipping())
             start = step.start(parameters, self._state(), buffers)
             meta = self._learned.scaled_rate(candidate / present)
@@ -143,13 +145,18 @@ class LookAhead:
 
         with self._applied.attached_to(peaks):
             present = self._applied.learned_rate()
-            return search_learning_rate(loss_at)
+            start_loss, _ = loss_after([], present)
+            return search_learning_rate(
+                lambda candidate: loss_after(windows, candidate), steps=steps, budget=budget, start_loss=start_loss
+            )
 
     def _find_held_out_loader(self) -> Any:
         meta_data = self._settings.meta_data
         if meta_data == "train":
             return None
-        loader = first_loader(validation_loaders(self._trainer) if meta_data == "val" else meta_data)
+        if meta_data != "val":
+            return meta_data
+        loader = first_loader(validation_loaders(self._trainer))
         if loader is None:
             raise MisconfigurationException(
                 "LearnToLearn(meta_data='val') needs validation data to judge the learning rate by, but this Trainer "

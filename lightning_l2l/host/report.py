@@ -99,6 +99,7 @@ def as_record(update: MetaUpdate, learning_rates: Sequence[float], values: list[
         found = result.diagnostics
         diagnostics |= {
             "estimator": found.estimator,
+            "reason": found.reason,
             "losses": found.losses.tolist(),
             "growth_rate": float(found.growth_rate),
             "overflow": bool(found.overflow),

@@ -135,11 +135,14 @@ class Session:
         self.applied.refresh(force=True)
 
     def rehearse(self) -> None:
-        """A look-ahead of one step on the first batch, before the first real one, so that what fails fails now."""
+        """A look-ahead on the first batch, before the first real step, so that what fails fails now.
+
+        Two steps, since only the second one needs the second derivative.
+        """
         if not self._rehearsed:
             window = self._windows.unfinished()
             judge = window if self._settings.meta_data == "train" else self.look_ahead.held_out(self._drawn)
-            self.look_ahead.meta_gradient([window], judge)
+            self.look_ahead.meta_gradient([window, window], judge)
             self._rehearsed = True
 
     def remember(self, batch: Any, batch_index: int) -> None:

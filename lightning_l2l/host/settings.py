@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,8 @@ class Settings:
         check_estimator(self.estimator)
         if isinstance(self.meta_data, str) and self.meta_data not in ("val", "train"):
             raise ValueError(f"LearnToLearn(meta_data={self.meta_data!r}) must be 'val', 'train' or a loader.")
-        # An iterable that is its own iterator would be empty after one pass.
-        if not isinstance(self.meta_data, Iterable) or iter_is_spent_by_reading(self.meta_data):
-            raise _wrong_type(self, "meta_data", "'val', 'train' or a loader that can be read more than once")
+        if not _is_loader(self.meta_data):
+            raise _wrong_type(self, "meta_data", "'val', 'train' or one loader that can be read more than once")
         rate = self.meta_learning_rate
         if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
             raise _wrong_type(self, "meta_learning_rate", "a number")
@@ -73,9 +72,10 @@ def check_learned(learned: object) -> None:
         )
 
 
-def iter_is_spent_by_reading(data: Any) -> bool:
-    """Whether this is an iterator (a generator, say), which can be read only once."""
-    return hasattr(data, "__next__")
+def _is_loader(data: Any) -> bool:
+    # An iterator (a generator, say) is empty after one pass; a dictionary or a CombinedLoader is several loaders.
+    several = isinstance(data, Mapping) or type(data).__name__ == "CombinedLoader"
+    return isinstance(data, Iterable) and not hasattr(data, "__next__") and not several
 
 
 def _whole_number(settings: Settings, name: str) -> int:
