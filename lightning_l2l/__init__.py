@@ -4,6 +4,8 @@ from lightning_l2l.__about__ import __version__
 from lightning_l2l.callback import LearnToLearn
 from lightning_l2l.core.meta_gradient import meta_gradient
 from lightning_l2l.core.result import Diagnostics, MetaGradient
+from lightning_l2l.host.task_module import TaskModule
+from lightning_l2l.meta_training import MetaTraining
 from lightning_l2l.optimizers import (
     LearnedHyperparameters,
     LearnedOptimizer,
@@ -23,8 +25,10 @@ __all__ = [
     "LearnedStepSize",
     "MLPOptimizer",
     "MetaGradient",
+    "MetaTraining",
     "SmallFCOptimizer",
     "TinyOptimizer",
+    "TaskModule",
     "__version__",
     "meta_gradient",
 ]

@@ -105,7 +105,7 @@ class DigitsSchedule(LearnedOptimizer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.theta = torch.nn.Parameter(torch.tensor([-6.0, 0.0], dtype=torch.float64))
+        self.theta = torch.nn.Parameter(torch.tensor([-6.0, 1.0], dtype=torch.float64))
         self._inner = inner_optimizer(torch.optim.SGD, lr=1.0, momentum=0.9)
 
     def start(self, seed: int = 0) -> dict[str, torch.Tensor]:

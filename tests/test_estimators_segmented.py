@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, meta_gradient
+from lightning_l2l.core.estimators import Particles
 from lightning_l2l.core.estimators.segmented import segment_length
 from lightning_l2l.core.inner import inner_optimizer
 from lightning_l2l.tasks import Quadratic
@@ -33,7 +34,7 @@ class Problem:
     def loss(self, tensors, batch):
         return nn.functional.cross_entropy(functional_call(self.net, dict(tensors), (batch[0],)), batch[1])
 
-    def meta_gradient(self, estimator, objective="log", optimizer=torch.optim.SGD, **options):
+    def meta_gradient(self, estimator, objective="log", optimizer=torch.optim.SGD, particles=None, **options):
         inner = inner_optimizer(optimizer, **(options or {"lr": 0.2, "momentum": 0.9}))
         torch.manual_seed(1)
         return meta_gradient(
@@ -45,6 +46,7 @@ class Problem:
             buffers=dict(self.net.named_buffers()),
             objective=objective,
             estimator=estimator,
+            particles=particles,
         )
 
 
@@ -79,20 +81,21 @@ def test_equals_reverse_with_optimizers_that_keep_state(optimizer, options):
 
 def test_is_exact_where_plain_back_propagation_leaves_the_number_range():
     task = Quadratic.random(5, seed=0)
-    step_size = 3.0 * float(task.optimal_step_size(10))
+    step_size = 8.0 * float(task.optimal_step_size(10))
     learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=step_size))
     result = meta_gradient(
-        task, task.initial_parameters(), learned, [None] * 2000, None, estimator="segmented", objective="log"
+        task, task.initial_parameters(), learned, [None] * 300, None, estimator="segmented", objective="log"
     )
     # The learned number is the logarithm of the step size.
-    expected = step_size * float(task.meta_gradient(step_size, steps=2000))
+    expected = step_size * float(task.meta_gradient(step_size, steps=300))
     assert result.gradients["learning_rate"].item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_diverging_run_gives_nan_and_says_where():
     problem = Problem(6)
-    result = problem.meta_gradient("segmented", lr=1e200)
-    assert result.diagnostics.truncated_step is not None
+    problem.batches[3] = (problem.batches[3][0] * torch.inf, problem.batches[3][1])
+    result = problem.meta_gradient("segmented")
+    assert result.diagnostics.truncated_step == 4
     assert result.gradients["learning_rate"].isnan().all()
 
 
@@ -127,8 +130,9 @@ def test_segments_are_square_roots():
 def peak(estimator, steps):
     problem = Problem(1, torch.float32)
     problem.batches = problem.batches * steps
+    torch.manual_seed(1)
     with LiveMemory() as memory:
-        problem.meta_gradient(estimator)
+        problem.meta_gradient(estimator, particles=Particles(count=2))
     return memory.peak
 
 
@@ -139,4 +143,4 @@ def peak(estimator, steps):
 )
 def test_memory_grows_as_promised(estimator, smallest, largest):
     peak(estimator, 2)  # one-off allocations
-    assert smallest < peak(estimator, 144) / peak(estimator, 36) < largest
+    assert smallest < peak(estimator, 64) / peak(estimator, 16) < largest

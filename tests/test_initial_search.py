@@ -31,9 +31,9 @@ class Valley:
         self.visited.append(rate)
         distance = math.log10(rate) - self.best
         if distance > 2.6:
-            return math.inf, 2
+            return math.inf, min(2, self.steps)
         if distance > 0.6:
-            return self.dead + 1e-3 * distance, self.steps
+            return self.dead - 5e-3 * distance, self.steps  # the larger the rate, the better: a false trail
         return START_LOSS - 1.8 * math.exp(-((distance / self.width) ** 2)), self.steps
 
 
@@ -45,7 +45,7 @@ def test_the_bottom_of_the_valley_is_found_wherever_it_lies(best: float, start_l
 
 
 def test_a_dead_network_slightly_below_the_start_does_not_end_the_search() -> None:
-    # Dead networks predict the class frequencies: a loss a little below that of the initial weights, at every large rate.
+    # Dead networks predict the class frequencies: a loss a little below that of the initial weights.
     valley = Valley(-4.0, dead=START_LOSS - 0.02)
     result = search_learning_rate(valley, start_loss=START_LOSS)
     assert result.learning_rate == pytest.approx(1e-4 * MARGIN)
@@ -90,7 +90,7 @@ def test_nan_counts_as_divergence() -> None:
 
 @pytest.mark.parametrize("start_loss", [None, START_LOSS])
 def test_on_a_plateau_of_rates_that_change_nothing_the_largest_is_taken(start_loss: float | None) -> None:
-    # Training that cannot improve: everything above 1e-4 makes it worse, everything below leaves the weights as they are.
+    # Training that cannot improve: rates above 1e-4 make it worse, those below leave the weights as they are.
     result = search_learning_rate(
         lambda rate: (START_LOSS if rate < 2e-4 else START_LOSS + rate, 20), start_loss=start_loss
     )
@@ -115,10 +115,19 @@ def test_the_budget_is_never_exceeded(budget: int, best: float) -> None:
 
 
 def test_a_spent_budget_gives_the_best_so_far() -> None:
-    # 100 and 10 diverge at once, 1 is a dead network, 0.1 the best: then nothing is left for 0.01.
-    result = search_learning_rate(Valley(-1.0), budget=2 * 20 + 2, start_loss=START_LOSS)
+    # 100 diverges at once, 10 and 1 kill the network, 0.1 is the best: then nothing is left for 0.01.
+    result = search_learning_rate(Valley(-1.0), budget=3 * 20 + 2, start_loss=START_LOSS)
     assert result.learning_rate == pytest.approx(0.1 * MARGIN)
     assert min(result.losses) == pytest.approx(0.1)
+
+
+def test_where_every_rate_so_far_did_harm_the_smallest_is_taken() -> None:
+    # The budget ends while all candidates were dead networks, the larger rates less so by a hair.
+    result = search_learning_rate(
+        lambda rate: (START_LOSS + 0.1 - 0.005 * math.log10(rate), 20), budget=60, start_loss=START_LOSS
+    )
+    assert sorted(result.losses) == [1.0, 10.0, 100.0]
+    assert result.learning_rate == pytest.approx(1.0 * MARGIN)
 
 
 def test_without_a_budget_for_one_candidate_there_is_no_rate() -> None:

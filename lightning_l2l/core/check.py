@@ -7,7 +7,8 @@ learn. Everything is compared with central differences here, in float64 where th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,8 @@ from torch.func import functional_call
 
 from lightning_l2l.core.differences import Differences
 from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.inner_step import Loss, twice_differentiable
-from lightning_l2l.core.second_order import custom_functions, known_wrong, not_twice_differentiable
+from lightning_l2l.core.inner_step import Loss
+from lightning_l2l.core.second_order import custom_functions, known_wrong, not_twice_differentiable, wrong_modules
 from lightning_l2l.optimizers.base import LearnedOptimizer
 from lightning_l2l.optimizers.step_size import LearnedStepSize
 
@@ -60,12 +61,15 @@ class CheckReport:
         """One finding a line."""
         lines = [f"meta-gradient self-check in {str(self.dtype).removeprefix('torch.')}: "]
         lines[0] += "passed" if self.passed else "FAILED"
-        lines.append(f"  relative error of the meta-gradient  {self.meta_gradient_error:.1e}")
-        lines.append(f"  relative error of second derivatives {self.curvature_error:.1e} (allowed {self.tolerance:.0e})")
+        lines.append(f"  relative error of the meta-gradient  {_error(self.meta_gradient_error)}")
+        lines.append(
+            f"  relative error of second derivatives {_error(self.curvature_error)} (allowed {self.tolerance:.0e})"
+        )
         for name in self.without_second_derivative:
             lines.append(f"  {name}: no second derivative; only estimator='es' or second_order=False can be used")
         lines += [f"  {advice}" for advice in self.known_wrong]
-        wrong = not self.curvature_error <= self.tolerance and not self.known_wrong
+        unclear = self.known_wrong or self.random_error > self.tolerance
+        wrong = not self.curvature_error <= self.tolerance and not unclear
         if wrong and self.custom_functions:
             lines.append(
                 f"  suspect: the torch.autograd.Function {', '.join(self.custom_functions)}, whose backward must itself "
@@ -146,11 +150,11 @@ def check(
     differences = Differences(loss, params, buffers, [batch] * steps, meta_batch, learned, seed)
     value, gradients = differences.loss_and_gradients()
     missing = not_twice_differentiable(gradients.values())
-    wrong = known_wrong(value)
+    wrong = known_wrong(value) + (wrong_modules(subject) if isinstance(subject, nn.Module) else [])
     random_error = differences.random_error()
     curvature_error = differences.curvature_error()
     # An operation without a second derivative would only raise here what is already known.
-    meta_error = torch.nan if missing else differences.meta_gradient_error()
+    meta_error = math.nan if missing else differences.meta_gradient_error()
     kind = next(iter(params.values())).dtype
     tolerance = _TOLERANCE.get(kind, 0.2)
     # Not `>`: NaN fails as well.
@@ -244,4 +248,6 @@ def _converted(tree: Any, dtype: torch.dtype | None) -> Any:
     return optree.tree_map(convert, tree)
 
 
-__all__: Sequence[str] = ["CheckReport", "check", "module_loss", "twice_differentiable"]
+
+def _error(value: float) -> str:
+    return "not computed" if math.isnan(value) else f"{value:.1e}"

@@ -162,7 +162,10 @@ def _is_below_the_valley(losses: dict[float, float], start_loss: float | None) -
 
 
 def _best(losses: dict[float, float], start_loss: float | None) -> float | None:
-    """The largest rate whose loss is as good as the best: of a plateau of rates that change nothing, the upper end."""
+    """The largest rate whose loss is as good as the best: of a plateau of rates that change nothing, the upper end.
+
+    Where every rate so far did harm, the smallest: a good one can only lie below.
+    """
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if not finite:
         return None
@@ -170,4 +173,6 @@ def _best(losses: dict[float, float], start_loss: float | None) -> float | None:
     improvement = 0.0 if start_loss is None else max(0.0, start_loss - best)
     # Rates that are too small to change a float32 weight give losses that are equal up to rounding.
     slack = max(_AS_GOOD * improvement, 1e-6 * abs(best))
+    if start_loss is not None and best > start_loss + slack:
+        return min(finite)
     return max(rate for rate, loss in finite.items() if loss <= best + slack)

@@ -12,7 +12,7 @@ from lightning_l2l.optimizers.base import LearnedOptimizer
 
 # Chosen on six pairs of task and optimizer, confirmed on six others (docs, "the meta-optimizer").
 _MEMORY = 0.8
-_SCALE_MEMORY = 0.9
+_SCALE_MEMORY = 0.5
 _CAUTION = 0.25
 
 
@@ -21,7 +21,7 @@ class MetaOptimizer(torch.optim.Optimizer):
 
     For each scalar meta-parameter with meta-gradient ``g``, both averages forgetting and corrected for their start,
 
-    .. math:: s = \operatorname{average}_{0.9}(g^2), \quad m = \operatorname{average}_{0.8}(g / \sqrt s), \quad
+    .. math:: s = \operatorname{average}_{0.5}(g^2), \quad m = \operatorname{average}_{0.8}(g / \sqrt s), \quad
               \theta \leftarrow \theta - \eta\, m
 
     and a step that would *raise* a learning rate is only a quarter as long.

@@ -77,7 +77,8 @@ class ScaledVector:
 def log2_norm(vector: ScaledVector) -> Tensor:
     """``log2`` of the Euclidean norm; 0-dim float64, ``-inf`` for the zero vector."""
     norms = torch._foreach_norm([tensor.detach() for tensor in vector.tensors])
-    return vector.exponent + torch.stack([norm.double() for norm in norms]).norm().log2()
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([part.double() for part in norms]))
+    return vector.exponent + norm.log2()
 
 
 def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 # What torch 2.13 and its libraries say: "derivative for 'aten::_ctc_loss_backward' is not implemented", "trying to
@@ -40,6 +40,8 @@ def lacks_second_derivative(error: BaseException) -> str | None:
     message = str(error)
     if not isinstance(error, RuntimeError) or _PATTERN.search(message) is None:
         return None
+    if "once_differentiable" in message:
+        return "a torch.autograd.Function marked once_differentiable"
     quoted = _QUOTED.search(message)
     return quoted.group(1) if quoted else message.strip().splitlines()[0]
 
@@ -90,3 +92,14 @@ def custom_functions(loss: Tensor) -> list[str]:
     """The user's own ``torch.autograd.Function`` classes behind a loss, whose second derivative only they know."""
     own = {type(node).__name__ for node in graph_nodes([loss]) if isinstance(node, BackwardCFunction)}
     return sorted(name.removesuffix("Backward") for name in own)
+
+
+def wrong_modules(module: nn.Module) -> list[str]:
+    """Modules whose derivatives are known to be wrong but leave no trace in the graph, each with advice."""
+    names = [
+        name for name, child in module.named_modules() if isinstance(child, nn.Embedding) and child.max_norm is not None
+    ]
+    return [
+        f"nn.Embedding with max_norm ({name}): it rescales its weights in place, outside of autograd. Use max_norm=None."
+        for name in names
+    ]

@@ -101,7 +101,7 @@ class WindowEstimator:
     Example:
         Five steps of gradient descent on ``w**2 / 2`` from ``w = 1``, one step per window, judged by the loss after
         each step. The sum of the five losses is ``sum((1 - rate)**(2 k)) / 2``; its derivative in log(rate) at rate 0.1 is
-        -0.866. Truncation sees a fifth of it, the unbiased estimators all of it.
+        -0.798. Truncation sees two fifths of it, the unbiased estimators all of it.
 
         >>> import torch
         >>> from lightning_l2l import LearnedStepSize
@@ -119,7 +119,7 @@ class WindowEstimator:
         ...     return gradient
         >>> exact = -sum(k * 0.1 * 0.9 ** (2 * k - 1) for k in range(1, 6))
         >>> round(exact, 3), round(total("truncated"), 3), abs(total("es_single") / exact - 1) < 0.1
-        (-0.866, -0.326, True)
+        (-0.798, -0.309, True)
     """
 
     estimator: Name = "auto"

@@ -74,8 +74,9 @@ def digits(estimator: str, seed: int) -> tuple[list[tuple[int, float]], dict]:
             curve.append((iteration + 1, digits_loss(problem, problem.theta.detach()[None])[0].item()))
 
     run = MetaTrainingRun(
-        estimator, Particles(50, 0.1, seed, loss_limit=20.0), unroll_steps=10, windows=50, iterations=1500
-    )
+        estimator, Particles(50, 0.1, seed, loss_limit=20.0), unroll_steps=10, windows=50, iterations=1500,
+        annealing=1 / 3,
+    )  # fmt: skip
     run.train(problem, torch.optim.Adam(problem.parameters(), lr=3e-2), "naive_mean", batches, note)
     return curve, {"theta": problem.theta.tolist(), "loss": curve[-1][1] if curve else float("nan")}
 
@@ -116,12 +117,13 @@ def main() -> None:
         if name == "a7":
             first, second = torch.meshgrid(torch.linspace(-7, 0, 21), torch.linspace(-2, 4, 7), indexing="ij")
             grid = torch.stack([first.flatten(), second.flatten()], 1).double()
-            losses = digits_loss(DigitsSchedule(), grid)
-            best = int(losses.argmin())
-            print(f"a7 grid optimum {losses[best].item():.4f} at {grid[best].tolist()}", flush=True)
+            # Chosen on one training, judged on three others: the best of 147 noisy numbers would flatter itself.
+            best = grid[digits_loss(DigitsSchedule(), grid, (-4,)).argmin()]
+            optimum = digits_loss(DigitsSchedule(), best[None])[0].item()
+            print(f"a7 grid optimum {optimum:.4f} at {best.tolist()}", flush=True)
             initial = digits_loss(DigitsSchedule(), DigitsSchedule().theta.detach()[None]).item()
             print(f"a7 initial loss {initial:.4f}", flush=True)
-            runs.append({"problem": name, "estimator": "grid", "loss": losses[best].item(), "theta": grid[best].tolist()})
+            runs.append({"problem": name, "estimator": "grid", "loss": optimum, "theta": best.tolist()})
         for estimator in arguments.estimators or estimators:
             # Exact ones give the same numbers for every seed.
             for seed in range(1 if estimator == "truncated" else arguments.seeds):

@@ -2,16 +2,16 @@
 
     python tests/benchmarks/digits.py [--seeds 5] [--quick] [--csv results.csv]
 
-Opponents, from the same initial weights and with the same order of the batches, seed by seed: the best constant rate of an
-11-point half-decade grid (11 runs), and the best cosine schedule with its peak on the same grid (11 more). Both are chosen
-by their mean *test* loss, which favours them: a user cannot do that. ``LearnToLearn`` sees the training and the held-out
-images; the test images serve the report alone.
+Opponents, from the same initial weights and with the same order of the batches, seed by seed: the best constant rate of
+an 11-point half-decade grid (11 runs), and the best cosine schedule with its peak on the same grid (11 more). Both are
+chosen by their mean *test* loss, which favours them: a user cannot do that. ``LearnToLearn`` sees the training and the
+held-out images; the test images serve the report alone.
 
-Printed: mean test loss over the seeds, ``ratio`` = that of LearnToLearn / that of the best constant rate (below 1, it beats the
-grid), ``worst seed`` = the largest ratio of a seed's loss to the same seed's loss at the best constant rate (seeds are
-noisy), ``cosine`` = that of LearnToLearn / that of the best cosine schedule, ``time`` = seconds of the fit / seconds of a plain fit
-(both with the Trainer, one right after the other), ``search`` = steps of the initial search. Issue 2's bar: every ratio
-at most 1.1.
+Printed: mean test loss over the seeds, ``ratio`` = that of LearnToLearn / that of the best constant rate (below 1, it
+beats the grid), ``worst seed`` = the largest ratio of a seed's loss to the same seed's loss at the best constant rate
+(seeds are noisy), ``cosine`` = that of LearnToLearn / that of the best cosine schedule, ``time`` = seconds of the fit /
+seconds of a plain fit (both with the Trainer, one right after the other), ``search`` = steps of the initial search. To
+reach: every ratio at most 1.1.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def grid_losses(
     return best, found[best]
 
 
-def fit(data: Digits, kind: str, optimizer: str, rate: float, seed: int, *callbacks: pl.Callback) -> tuple[float, float]:
+def fit(
+    data: Digits, kind: str, optimizer: str, rate: float, seed: int, *callbacks: pl.Callback
+) -> tuple[float, float]:
     """Test loss and seconds of a fit with the Trainer."""
     torch.manual_seed(seed)
     module = Classifier(kind, optimizer, rate)
@@ -185,7 +187,9 @@ def main() -> None:
         for row in rows_for(data, kind, optimizer, seeds, quick=arguments.quick)
     ]
     worst = max(float(row["ratio"]) for row in rows)
-    print(f"worst ratio {worst:.3f} (to be at most 1.1), median {statistics.median(float(r['ratio']) for r in rows):.3f}")
+    print(
+        f"worst ratio {worst:.3f} (to be at most 1.1), median {statistics.median(float(r['ratio']) for r in rows):.3f}"
+    )
     if arguments.csv:
         with arguments.csv.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, names)
