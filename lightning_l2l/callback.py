@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_l2l.core.initial_search import SearchResult
 from lightning_l2l.core.meta_gradient import Estimator
 from lightning_l2l.core.objectives import Objective
-from lightning_l2l.host.refusals import refuse_module, refuse_optimizer, refuse_strategy
+from lightning_l2l.host.refusals import refuse_module, refuse_optimizer, refuse_second_learned, refuse_strategy
 from lightning_l2l.host.report import as_record, by_group, log, logged_values, search_message
 from lightning_l2l.host.saved_state import VERSION, check_saved
 from lightning_l2l.host.session import Session
 from lightning_l2l.host.settings import Settings, check_learned
 from lightning_l2l.host.trainer import live_optimizer
-from lightning_l2l.optimizers import LearnedOptimizer, LearnedStepSize
+from lightning_l2l.optimizers import LearnedOptimizer, LearnedStepSize, LearnedTorchOptimizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,8 @@ class LearnToLearn(pl.Callback):
 
     Args:
         learned: What is learned. ``None``: ``LearnedStepSize(per="group")``, one factor on the scheduled
-            rate of each parameter group. It is a template: each fit learns on a copy, :attr:`learned`.
+            rate of each parameter group. It is a template: each fit learns on a copy, :attr:`learned`. Leave it out
+            where the optimizer is itself a learned one (``as_torch_optimizer``): that one is trained on, in place.
         unroll_steps: Training steps K that are looked ahead.
         every_n_steps: Optimizer steps from one meta-update to the next. A run that is known to be shorter than two of
             these makes its updates correspondingly more often, at least one.
@@ -89,6 +90,7 @@ class LearnToLearn(pl.Callback):
         self.settings = Settings(
             unroll_steps, every_n_steps, objective, meta_data, estimator, meta_learning_rate, initial_search, seed
         )
+        self._given = learned
         self._template = learned if learned is not None else LearnedStepSize(per="group")
         self._fitting = False
         self._reset()
@@ -117,10 +119,14 @@ class LearnToLearn(pl.Callback):
         """Refuse what can be refused once there is an optimizer."""
         refuse_module(trainer, pl_module)
         refuse_optimizer(live_optimizer(trainer), pl_module)
+        refuse_second_learned(live_optimizer(trainer), self._given, self.settings)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizer, restored or fresh, and find a rate to start from."""
         self.learned = copy.deepcopy(self._template)
+        optimizer = live_optimizer(trainer)
+        if isinstance(optimizer, LearnedTorchOptimizer):
+            self.learned = optimizer.mirror(pl_module.named_parameters())
         self._session = Session(trainer, pl_module, self.learned, self.settings, self._loaded)
         self.history = copy.deepcopy(self._loaded.get("history", []))
         if not self._session.opens_late:

@@ -11,6 +11,10 @@ from lightning_l2l.core.objectives import Objective, is_logarithmic, objective_w
 from lightning_l2l.core.result import Diagnostics, MetaGradient
 
 
+class NegativeLossError(ValueError):
+    """The objective takes the logarithm of a negative loss."""
+
+
 class Tally:
     """Collects losses during one unroll.
 
@@ -64,7 +68,7 @@ class Tally:
         """The finished result, with one transfer from the device.
 
         Raises:
-            ValueError: The objective takes the logarithm of a negative loss.
+            NegativeLossError: The objective takes the logarithm of a negative loss.
         """
         # Each kind of number travels in one tensor: one host synchronisation, whatever the number of steps.
         parts = [torch.as_tensor(self.value, dtype=torch.float64).reshape(1).to(self.inner_losses[0].device)]
@@ -81,7 +85,7 @@ class Tally:
         bad = (~inner.isfinite()).nonzero().flatten().tolist()
         truncated = bad[0] + 1 if bad else None
         if self.logarithmic and truncated is None and bool((meta < 0).any()):
-            raise ValueError(
+            raise NegativeLossError(
                 f"The meta-loss is negative ({meta[meta < 0][0].item():.4g}), so its logarithm does not exist. Use "
                 "objective='naive' (or 'naive_mean'), or make the loss positive."
             )

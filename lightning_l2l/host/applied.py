@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_l2l.core.inner import InnerOptimizer, mirror
+from lightning_l2l.core.inner import InnerOptimizer, mirror, read_state
 from lightning_l2l.optimizers import LearnedOptimizer
 
 # By key of a parameter group: a number, a tuple (betas), or one number for each parameter name.
@@ -62,8 +62,9 @@ class AppliedValues:
         if not any(learned.values()):
             raise MisconfigurationException(
                 f"LearnToLearn(learned={type(learned).__name__}()) would learn something that is never applied: it "
-                "sets no hyperparameter of your optimizer. Use LearnedStepSize or LearnedHyperparameters here; train "
-                "other learned optimizers with MetaTraining."
+                "sets no hyperparameter of your optimizer. Use LearnedStepSize or LearnedHyperparameters here. To go on "
+                "training a neural optimizer, return learned.as_torch_optimizer(self.parameters()) from "
+                "configure_optimizers and leave `learned` out."
             )
         self._write()
 
@@ -106,6 +107,10 @@ class AppliedValues:
     def learning_rates(self) -> list[float]:
         """The learning rate in force in each group (the geometric mean where every tensor has its own)."""
         return [float(group["lr"]) for group in self._optimizer.param_groups]
+
+    def unrolled(self) -> tuple[LearnedOptimizer, Any]:
+        """The learned optimizer, and the live one's state as the unroll takes it."""
+        return self._learned, read_state(self._optimizer, self._module.named_parameters())
 
     def values(self) -> list[Values]:
         """What the learned optimizer makes of the scheduled values, for each group."""

@@ -10,13 +10,13 @@ from torchopt.base import GradientTransformation
 
 from lightning_l2l.core.clip import clip_gradient_norm, clip_gradient_value
 from lightning_l2l.core.initial_search import SearchResult, search_budget, search_learning_rate, search_steps
-from lightning_l2l.core.inner import read_state
 from lightning_l2l.core.inner_step import InnerStep
 from lightning_l2l.core.meta_gradient import meta_gradient
 from lightning_l2l.core.plain_training import loss_after_training
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.data import IndexedBatches, StreamedBatches, first_loader, is_indexable
+from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import invisible
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.trainer import (
@@ -57,7 +57,7 @@ class LookAhead:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         learned: LearnedOptimizer,
-        applied: AppliedValues,
+        applied: AppliedValues | LearnedInPlace,
         settings: Settings,
     ) -> None:
         self._trainer = trainer
@@ -88,25 +88,31 @@ class LookAhead:
             judge: What the meta-objective is evaluated on.
         """
         parameters, buffers = owned_tensors(self._module, self._optimizer)
+        learned, state = self._applied.unrolled()
         with invisible(self._trainer, self._module, self._settings.seed + self._trainer.global_step):
             return meta_gradient(
                 self._loss,
                 parameters,
-                self._learned,
+                learned,
                 windows,
                 judge,
                 objective=self._settings.objective,
                 estimator=self._settings.estimator,
-                state=self._state(),
+                state=state,
                 buffers=buffers,
                 gradient_transformation=self._clipping(),
             )
 
     def factor_to(self, learning_rate: float) -> float:
         """What the learned rate of the first group has to be multiplied by so that it peaks at this rate."""
-        peaks = peak_rates(self._trainer, self._applied.scheduled_rates)
-        with self._applied.attached_to(peaks):
-            return learning_rate / self._applied.learned_rate()
+        applied = self._applied_rates
+        with applied.attached_to(peak_rates(self._trainer, applied.scheduled_rates)):
+            return learning_rate / applied.learned_rate()
+
+    @property
+    def _applied_rates(self) -> AppliedValues:
+        assert isinstance(self._applied, AppliedValues), "only a learned rate is searched"
+        return self._applied
 
     def search(self) -> SearchResult | str:
         """The initial search: a range test of constant rates from the run's present state.
@@ -120,7 +126,8 @@ class LookAhead:
         loader = first_loader(self._trainer.train_dataloader)
         if not is_indexable(loader):
             return "the training loader can only be iterated, and reading ahead would change the run's data"
-        peaks = peak_rates(self._trainer, self._applied.scheduled_rates)
+        applied = self._applied_rates
+        peaks = peak_rates(self._trainer, applied.scheduled_rates)
         if peaks[0] <= 0:
             return "the optimizer's learning rate is zero, so there is nothing to multiply"
         if self._learned.scaled_rate(1.0) is None:
@@ -138,13 +145,13 @@ class LookAhead:
 
         def loss_after(windows: Sequence[Window], candidate: float) -> tuple[float, int]:
             step = InnerStep(self._loss, self._learned, self._clipping())
-            start = step.start(parameters, self._state(), buffers)
+            start = step.start(parameters, applied.unrolled()[1], buffers)
             meta = self._learned.scaled_rate(candidate / present)
             with invisible(self._trainer, self._module, self._settings.seed):
                 return loss_after_training(step, start, windows, judges, meta)
 
-        with self._applied.attached_to(peaks):
-            present = self._applied.learned_rate()
+        with applied.attached_to(peaks):
+            present = applied.learned_rate()
             start_loss, _ = loss_after([], present)
             return search_learning_rate(
                 lambda candidate: loss_after(windows, candidate), steps=steps, budget=budget, start_loss=start_loss
@@ -176,9 +183,6 @@ class LookAhead:
     def _moved(self, batch: Any, *, held_out: bool) -> Window:
         with invisible(self._trainer, self._module, self._settings.seed):
             return joined([Window(((moved_batch(self._trainer, self._module, batch, held_out=held_out), 0),), 1)])
-
-    def _state(self) -> Any:
-        return read_state(self._optimizer, self._module.named_parameters())
 
     def _clipping(self) -> GradientTransformation | None:
         value = self._trainer.gradient_clip_val

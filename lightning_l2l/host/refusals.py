@@ -9,10 +9,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_l2l.core.inner import mirror
+from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.trainer import is_stub, live_optimizer, loads_from_iterator, overrides
+from lightning_l2l.optimizers import LearnedOptimizer, LearnedTorchOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+# The default of LearnToLearn is for log step sizes; weights of a network of this scale are gone after one such step.
+_LARGEST_STEP_OF_WEIGHTS = 0.05
 
 # By class name, since `pytorch_lightning` has its own copies of these classes.
 _SINGLE_DEVICE = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy")
@@ -85,10 +90,34 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> Non
         TypeError: No mirror; the message lists those that have one and how to add another.
         MisconfigurationException: An embedding with sparse gradients.
     """
-    mirror(optimizer, module.named_parameters())
+    if not isinstance(optimizer, LearnedTorchOptimizer):
+        mirror(optimizer, module.named_parameters())
     embeddings = (nn.Embedding, nn.EmbeddingBag)
     sparse = [name for name, child in module.named_modules() if isinstance(child, embeddings) and child.sparse]
     if sparse:
         raise MisconfigurationException(
             f"LearnToLearn cannot be used with sparse gradients (here: {', '.join(sparse[:3])}). Pass sparse=False."
+        )
+
+
+def refuse_second_learned(
+    optimizer: torch.optim.Optimizer, learned: LearnedOptimizer | None, settings: Settings
+) -> None:
+    """Refuse settings that do not fit a live optimizer that is itself a learned one.
+
+    Raises:
+        MisconfigurationException: Another ``learned``, or a meta-step that is far too large for weights.
+    """
+    if not isinstance(optimizer, LearnedTorchOptimizer):
+        return
+    kind = type(optimizer.learned).__name__
+    if learned is not None:
+        raise MisconfigurationException(
+            f"The optimizer is a learned one already, {kind}, and LearnToLearn goes on training it. Leave "
+            f"learned={type(learned).__name__}() out."
+        )
+    if settings.meta_learning_rate > _LARGEST_STEP_OF_WEIGHTS and optimizer.learned.scaled_rate(1.0) is None:
+        raise MisconfigurationException(
+            f"LearnToLearn(meta_learning_rate={settings.meta_learning_rate}) is a step for the logarithm of a learning "
+            f"rate. Here it would move the weights of {kind}, and destroy them: choose 1e-3 or less (0 only observes)."
         )

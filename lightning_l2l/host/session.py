@@ -15,7 +15,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_l2l.core.initial_search import SearchResult
 from lightning_l2l.core.meta_optimizer import MetaOptimizer
 from lightning_l2l.core.result import MetaGradient
+from lightning_l2l.core.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
+from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import hidden_attribute
 from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.report import MetaUpdate
@@ -23,7 +25,7 @@ from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.trainer import live_optimizer, overrides, planned_steps
 from lightning_l2l.host.training_step import StepSkippedError, joined
 from lightning_l2l.host.windows import RememberedWindows
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.optimizers import LearnedOptimizer, LearnedTorchOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -74,7 +76,7 @@ class Session:
         try:
             if saved:
                 learned.load_state_dict(saved["learned"])
-            self.applied = AppliedValues(optimizer, module, learned, saved.get("applied"))
+            self.applied = _applied(optimizer, module, learned, saved.get("applied"))
             self._meta_optimizer = MetaOptimizer(learned.parameters(), settings.meta_learning_rate)
             if saved:
                 self._refuse_other_shapes(saved, len(optimizer.param_groups))
@@ -118,7 +120,7 @@ class Session:
         Returns:
             What was found, a sentence on why there was no search, or ``None`` if it is not wanted (any more).
         """
-        if self._searched:
+        if self._searched or isinstance(self.applied, LearnedInPlace):
             return None
         self._searched = True
         result = self.look_ahead.search()
@@ -171,6 +173,8 @@ class Session:
         except StepSkippedError:
             note = "training_step returned None on a remembered or held-out batch: no meta-gradient, the rate was kept."
             return MetaUpdate(self._steps_seen, None, "skipped", note)
+        except NegativeLossError as error:  # in the rehearsal it is refused; later it must not end the run
+            return MetaUpdate(self._steps_seen, None, "negative", f"{error} No meta-gradient, the rate was kept.")
         return self._apply(result)
 
     @property
@@ -217,6 +221,14 @@ class Session:
         }
 
 
+def _applied(
+    optimizer: torch.optim.Optimizer, module: torch.nn.Module, learned: LearnedOptimizer, saved: dict[str, Any] | None
+) -> AppliedValues | LearnedInPlace:
+    if isinstance(optimizer, LearnedTorchOptimizer):
+        return LearnedInPlace(optimizer, module)
+    return AppliedValues(optimizer, module, learned, saved)
+
+
 class _StepsSchedulers:
     """The module's ``lr_scheduler_step``, with the scheduled values in the groups while it runs.
 
@@ -224,7 +236,7 @@ class _StepsSchedulers:
     original method in this place.
     """
 
-    def __init__(self, original: Any, applied: AppliedValues) -> None:
+    def __init__(self, original: Any, applied: AppliedValues | LearnedInPlace) -> None:
         self._original = original
         self._applied = applied
 
