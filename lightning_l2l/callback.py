@@ -56,8 +56,12 @@ class LearnToLearn(pl.Callback):
             training batches (``"train"``), or a loader of batches that your ``training_step`` can take. Data that you
             report results on should be none of these.
         estimator: How the meta-gradient is computed; see :func:`lightning_l2l.meta_gradient`.
-        meta_learning_rate: Step of the meta-optimizer, Adam, on the logarithm of the rate; 0 only observes.
+        meta_learning_rate: The most that the logarithm of a rate falls in one meta-update, roughly (a rise is a
+            quarter as long; see :class:`~lightning_l2l.core.meta_optimizer.MetaOptimizer`); 0 only observes.
         initial_search: Start from a rate found by a range test, whatever the optimizer was given.
+        search_budget: The most that the range test may cost, as a fraction of the planned training steps (at least 8
+            and at most 160 steps). Where a candidate gets fewer than about ten steps, it sees little: raise this for
+            a short training.
         seed: Seed of everything that the callback draws; it never touches the global random numbers.
 
     Raises:
@@ -82,13 +86,22 @@ class LearnToLearn(pl.Callback):
         estimator: Estimator = "auto",
         meta_learning_rate: float = 0.4,
         initial_search: bool = True,
+        search_budget: float = 0.05,
         seed: int = 0,
     ) -> None:
         """See the class."""
         super().__init__()
         check_learned(learned)
         self.settings = Settings(
-            unroll_steps, every_n_steps, objective, meta_data, estimator, meta_learning_rate, initial_search, seed
+            unroll_steps,
+            every_n_steps,
+            objective,
+            meta_data,
+            estimator,
+            meta_learning_rate,
+            initial_search,
+            search_budget,
+            seed,
         )
         self._given = learned
         self._template = learned if learned is not None else LearnedStepSize(per="group")

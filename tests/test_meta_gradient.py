@@ -359,7 +359,7 @@ def test_the_growth_rate_is_the_lyapunov_exponent_of_a_linear_problem(estimator)
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_meta_gradient_below_the_parameters_number_range_is_still_right(estimator):
-    # w_t = 1000 * (-0.2)**t: after 40 steps the float32 tangent times the float32 gradient, 1e-48, is no float32 number.
+    # w_t = 1000 * (-0.2)**t: after 40 steps tangent times gradient is 1e-48, which is no float32 number.
     def loss(tensors, batch):
         return 0.5 * tensors["w"].square().sum() + 1.0
 

@@ -1,0 +1,1 @@
+"""The bundled experiments behind the command line, one file each."""

@@ -62,8 +62,8 @@ class AppliedValues:
         if not any(learned.values()):
             raise MisconfigurationException(
                 f"LearnToLearn(learned={type(learned).__name__}()) would learn something that is never applied: it "
-                "sets no hyperparameter of your optimizer. Use LearnedStepSize or LearnedHyperparameters here. To go on "
-                "training a neural optimizer, return learned.as_torch_optimizer(self.parameters()) from "
+                "sets no hyperparameter of your optimizer. Use LearnedStepSize or LearnedHyperparameters here. To go "
+                "on training a neural optimizer, return learned.as_torch_optimizer(self.parameters()) from "
                 "configure_optimizers and leave `learned` out."
             )
         self._write()

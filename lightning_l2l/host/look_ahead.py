@@ -132,7 +132,7 @@ class LookAhead:
             return "the optimizer's learning rate is zero, so there is nothing to multiply"
         if self._learned.scaled_rate(1.0) is None:
             return f"{type(self._learned).__name__} has no learning rate to search"
-        budget = search_budget(planned_steps(self._trainer))
+        budget = search_budget(planned_steps(self._trainer), self._settings.search_budget)
         steps = search_steps(budget)
         source = self._source(loader, held_out=False)
         windows = [self._moved(source.batch(number), held_out=False) for number in range(steps)]

@@ -29,6 +29,7 @@ class Settings:
     estimator: Estimator
     meta_learning_rate: float
     initial_search: bool
+    search_budget: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -47,14 +48,16 @@ class Settings:
             raise ValueError(f"LearnToLearn(meta_data={self.meta_data!r}) must be 'val', 'train' or a loader.")
         if not _is_loader(self.meta_data):
             raise _wrong_type(self, "meta_data", "'val', 'train' or one loader that can be read more than once")
-        rate = self.meta_learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-            raise _wrong_type(self, "meta_learning_rate", "a number")
+        rate = _number(self, "meta_learning_rate")
         if not (math.isfinite(rate) and rate >= 0):
             raise ValueError(
                 f"LearnToLearn(meta_learning_rate={rate}) must be finite and not negative; 0 only observes."
             )
-        object.__setattr__(self, "meta_learning_rate", float(rate))
+        if not 0 < _number(self, "search_budget") <= 1:
+            raise ValueError(
+                f"LearnToLearn(search_budget={self.search_budget}) must be a fraction of the training in (0, 1]; "
+                "initial_search=False switches the search off."
+            )
         if not isinstance(self.initial_search, bool):
             raise _wrong_type(self, "initial_search", "True or False")
 
@@ -84,6 +87,14 @@ def _whole_number(settings: Settings, name: str) -> int:
         raise _wrong_type(settings, name, "a whole number")
     object.__setattr__(settings, name, int(value))
     return int(value)
+
+
+def _number(settings: Settings, name: str) -> float:
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _wrong_type(settings, name, "a number")
+    object.__setattr__(settings, name, float(value))
+    return float(value)
 
 
 def _wrong_type(settings: Settings, name: str, wanted: str) -> TypeError:
