@@ -2,7 +2,9 @@
 
 from lightning_l2l.__about__ import __version__
 from lightning_l2l.callback import LearnToLearn
+from lightning_l2l.core.check import check
 from lightning_l2l.core.meta_gradient import meta_gradient
+from lightning_l2l.core.plan import plan
 from lightning_l2l.core.result import Diagnostics, MetaGradient
 from lightning_l2l.host.task_module import TaskModule
 from lightning_l2l.meta_training import MetaTraining
@@ -30,5 +32,7 @@ __all__ = [
     "TinyOptimizer",
     "TaskModule",
     "__version__",
+    "check",
     "meta_gradient",
+    "plan",
 ]

@@ -134,14 +134,14 @@ def tuned(
 
 
 def speed_up(learned: Runs, reference: Runs) -> float:
-    """Steps that the reference takes for its final loss, by the steps that the learned optimizer takes for it.
+    """Steps that the reference takes to its final loss, by the steps that the learned optimizer takes to the same loss.
 
-    Losses are means over runs, smoothed over 5 % of the steps; 0 if the learned optimizer never reaches it.
+    Losses are means over runs, smoothed over 5 % of the steps; 0 if the learned optimizer never gets there.
     """
     width = max(1, learned.train.shape[1] // 20)
-    curves = [_smoothed(found.train.mean(0), width) for found in (learned, reference)]
-    reached = (curves[0] <= curves[1][-1]).nonzero()
-    return 0.0 if len(reached) == 0 else len(curves[1]) / (int(reached[0]) + 1)
+    own, other = (_smoothed(found.train.mean(0), width) for found in (learned, reference))
+    reached = [(curve <= other[-1]).nonzero() for curve in (own, other)]
+    return 0.0 if len(reached[0]) == 0 else (int(reached[1][0]) + width) / (int(reached[0][0]) + width)
 
 
 def _smoothed(curve: Tensor, width: int) -> Tensor:

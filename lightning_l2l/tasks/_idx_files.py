@@ -62,6 +62,7 @@ def _found(folder: Path, name: str, kind: str) -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
-        f"There is no {candidates[0].name} (or {candidates[1].name}) in {folder}. MNIST is not downloaded: put its four "
+        f"There is no {candidates[0].name} (or {candidates[1].name}) in {folder}. MNIST is not downloaded: put its "
+        "four "
         "standard files into a folder and name that folder."
     )

@@ -1,4 +1,4 @@
-"""Families of tasks: what a learned optimizer is meta-trained on, so that it generalises instead of memorising one run."""
+"""Families of tasks: what a learned optimizer is meta-trained on, so that it does not memorise one run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class TaskFamily(ABC):
 class StackableTask(Task):
     """A task whose loss is a pure function of parameters and batch.
 
-    What distinguishes it from the other tasks of its family comes with the batch, so the losses of many tasks are one call of
+    What distinguishes it from the other tasks of its family comes with the batch, so the losses of many tasks are one
+    call of
     ``torch.func.vmap``. (Any other task works too, one after the other.) The loss may not branch on values, write in
     place into what it did not make, or call ``.item()``.
     """
@@ -101,7 +102,8 @@ def as_family(tasks: Task | TaskFamily | Sequence[Task]) -> TaskFamily:
     if isinstance(tasks, Sequence) and all(isinstance(task, Task) for task in tasks):
         return ChoiceOfTasks(tasks)
     raise TypeError(
-        f"tasks must be a Task, a TaskFamily or a sequence of Tasks, got {type(tasks).__name__}. A LightningModule becomes a "
+        f"tasks must be a Task, a TaskFamily or a sequence of Tasks, got {type(tasks).__name__}. A LightningModule "
+        "becomes a "
         "task through lightning_l2l.host.module_task.ModuleTask."
     )
 
@@ -130,7 +132,8 @@ class LinearSystem(StackableTask):
     def loss(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return ``|W x - y|**2``; W and y are the batch."""
         matrix, target = batch
-        return (matrix @ parameters["point"] - target).square().sum()
+        loss: Tensor = (matrix @ parameters["point"] - target).square().sum()
+        return loss
 
     def sample_batch(
         self, split: Literal["train", "val", "test"], generator: torch.Generator | None = None

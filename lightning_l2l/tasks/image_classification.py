@@ -94,7 +94,8 @@ class ImageClassification(StackableTask, TaskFamily):
     ) -> None:
         if network not in get_args(Network) or initialisation not in get_args(Initialisation):
             raise ValueError(
-                f"network={network!r} must be one of {list(get_args(Network))}, initialisation={initialisation!r} one of "
+                f"network={network!r} must be one of {list(get_args(Network))}, initialisation={initialisation!r} one "
+                "of "
                 f"{list(get_args(Initialisation))}."
             )
         if not 0 <= label_noise <= 1:
@@ -105,7 +106,9 @@ class ImageClassification(StackableTask, TaskFamily):
             test_images, test_labels = images[:0], labels[:0]
         for found, given in ((images, labels), (test_images, test_labels)):
             if len(found) != len(given) or found.shape[1:] != images.shape[1:]:
-                raise ValueError(f"Images of shape {tuple(found.shape)} do not fit labels of shape {tuple(given.shape)}.")
+                raise ValueError(
+                    f"Images of shape {tuple(found.shape)} do not fit labels of shape {tuple(given.shape)}."
+                )
         if network == "convnet" and images.dim() != 3:
             raise ValueError(f"A convnet needs images [examples, height, width], got shape {tuple(images.shape)}.")
         self.network, self.hidden, self.batch_size = network, tuple(hidden), batch_size
@@ -122,7 +125,8 @@ class ImageClassification(StackableTask, TaskFamily):
         train = len(images) - val_samples if train_samples is None else train_samples
         if train < 1 or val_samples < 0 or train + val_samples > len(images):
             raise ValueError(
-                f"{train} training and {val_samples} validation examples were asked for, but the pool has {len(images)}."
+                f"{train} training and {val_samples} validation examples were asked for, but the pool has "
+                f"{len(images)}."
             )
         self.train_samples, self.val_samples = train, val_samples
         self._indices = torch.arange(train + val_samples)
@@ -145,7 +149,7 @@ class ImageClassification(StackableTask, TaskFamily):
         initialisation: Initialisation = "kaiming",
         seed: int = 0,
     ) -> ImageClassification:
-        """Scikit-learn's 1797 digits, 8 x 8 pixels in [0, 1], shuffled by ``seed``; the first ``test_samples`` are for tests.
+        """Scikit-learn's 1797 digits, 8 x 8 pixels in [0, 1], shuffled by ``seed``; ``test_samples`` are for tests.
 
         Raises:
             ImportError: scikit-learn is not installed.
@@ -182,11 +186,10 @@ class ImageClassification(StackableTask, TaskFamily):
         initialisation: Initialisation = "reference",
         seed: int = 0,
     ) -> ImageClassification:
-        """MNIST from its four standard IDX files (plain or gzipped) in a folder; pixels in [0, 1]. Nothing is downloaded.
+        """MNIST from its four standard IDX files in a folder; pixels in [0, 1]. Nothing is downloaded.
 
-        Args:
-            folder: Where ``train-images-idx3-ubyte`` and the three others are, perhaps with ``.gz``. Fashion-MNIST,
-                KMNIST and others have the same format. The defaults are the paper's network and batches.
+        ``folder`` has ``train-images-idx3-ubyte`` and the three others, perhaps with ``.gz``. Fashion-MNIST, KMNIST and
+        others have the same format. The defaults are the paper's network and batches.
 
         Raises:
             FileNotFoundError: A file is missing.
@@ -215,7 +218,7 @@ class ImageClassification(StackableTask, TaskFamily):
         return task
 
     def initial_parameters(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return ``weight0, bias0, ...``; linear weights are ``[inputs, outputs]``, convolutions ``[out, in, 3, 3]``."""
+        """Return ``weight0, bias0, ...``; linear weights are ``[in, out]``, convolutions ``[out, in, 3, 3]``."""
         shapes: list[tuple[int, ...]] = []
         if self.network == "convnet":
             channels, (height, width) = 1, self.image_shape
@@ -258,7 +261,8 @@ class ImageClassification(StackableTask, TaskFamily):
     def accuracy(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Fraction of a batch that is classified correctly."""
         images, labels = batch
-        return (self.logits(parameters, images).argmax(-1) == labels).float().mean()
+        correct: Tensor = (self.logits(parameters, images).argmax(-1) == labels).float()
+        return correct.mean()
 
     def sample_batch(self, split: Split, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return ``batch_size`` examples of a split, drawn with replacement."""

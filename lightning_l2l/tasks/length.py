@@ -68,7 +68,7 @@ class Length:
             return self.steps + int(share * (self.largest - self.steps + 1))
         if self.kind == "exponential":
             return self.steps + round(-self.largest * math.log1p(-share))
-        return round(self.steps * (self.largest / self.steps) ** share)
+        return round(self.steps * math.exp(share * math.log(self.largest / self.steps)))
 
 
 def as_length(length: int | Length) -> Length:

@@ -135,7 +135,7 @@ class Population:
 
     @property
     def restartable(self) -> bool:
-        """Whether a single task can begin anew: not if it shares a step count, or particles' history, with the others."""
+        """Whether one task can begin anew: not if it shares a step count, or particles' history, with others."""
         leaves = optree.tree_leaves(self.episode.iterate.state)
         return not self.episode.directions and all(isinstance(leaf, Tensor) for leaf in leaves)
 
@@ -145,14 +145,18 @@ class Population:
         """New tasks in the places of those that diverged, the others as they are."""
         dead = self.diverged
         fresh_seeds = torch.randint(2**62, (len(self.seeds),), generator=generator).tolist()
-        seeds = tuple(new if gone else old for old, new, gone in zip(self.seeds, fresh_seeds, dead.tolist(), strict=True))
+        seeds = tuple(
+            new if gone else old for old, new, gone in zip(self.seeds, fresh_seeds, dead.tolist(), strict=True)
+        )
         stack = _stack(family, seeds, self.stack.divergence)
         parameters, buffers = _start(stack, generator, device)
         state = learned.transformation().init(parameters)
         iterate = self.episode.iterate
-        new = (parameters, state, buffers)
-        old = (iterate.parameters, iterate.state, iterate.buffers)
-        merged = optree.tree_map(lambda a, b: torch.where(dead.reshape(-1, *[1] * (b.dim() - 1)), a, b.detach()), new, old)
+        new: Any = (parameters, state, buffers)
+        old: Any = (iterate.parameters, iterate.state, iterate.buffers)
+        merged: Any = optree.tree_map(
+            lambda a, b: torch.where(dead.reshape(-1, *[1] * (b.dim() - 1)), a, b.detach()), new, old
+        )
         iterate = replace(iterate, parameters=merged[0], state=merged[1], buffers=merged[2]).fresh()
         return replace(self, stack=stack, seeds=seeds, episode=replace(self.episode, iterate=iterate))
 
@@ -163,7 +167,12 @@ class Population:
 
     @classmethod
     def from_state_dict(
-        cls, saved: Mapping[str, Any], family: TaskFamily, learned: BatchedTasks, divergence: float, device: torch.device
+        cls,
+        saved: Mapping[str, Any],
+        family: TaskFamily,
+        learned: BatchedTasks,
+        divergence: float,
+        device: torch.device,
     ) -> Population:
         """What :meth:`state_dict` was taken of, given the same family."""
         seeds = tuple(saved["seeds"].tolist())
@@ -185,7 +194,8 @@ def _start(
     if not bool(losses.isfinite().all()):
         bad = int((~losses.isfinite()).sum())
         raise ValueError(
-            f"The first loss of {bad} of {len(losses)} tasks is not finite, before any step was taken. Check the tasks' "
+            f"The first loss of {bad} of {len(losses)} tasks is not finite, before any step was taken. Check the "
+            "tasks' "
             "initial parameters and data."
         )
     return {**parameters, LOSS_CHANNEL: torch.zeros_like(losses)}, {START_LOSS: losses}

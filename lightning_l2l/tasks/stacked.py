@@ -1,6 +1,7 @@
 """Many tasks as one inner problem: parameters with a leading task dimension, one loss, one optimizer.
 
-The estimators of :mod:`lightning_l2l.core` know nothing of tasks. The training loss of the stack is the *sum* of the tasks'
+The estimators of :mod:`lightning_l2l.core` know nothing of tasks. The training loss of the stack is the *sum* of the
+tasks'
 losses, so each task sees its own full gradient; the loss that judges it is their mean, or for logarithmic
 objectives their geometric mean, whose logarithm is the mean of the logarithms.
 
@@ -23,7 +24,8 @@ from lightning_l2l.optimizers.base import LearnedOptimizer
 from lightning_l2l.tasks.family import StackableTask
 from lightning_l2l.tasks.task import Task
 
-# A pseudo-parameter, always zero, whose "gradient" tells the optimizer which tasks' losses are above their limit (1, else 0).
+# A pseudo-parameter, always zero, whose "gradient" tells the optimizer which tasks' losses are above their limit (1,
+# else 0).
 LOSS_CHANNEL = "l2l.diverged"
 # A buffer, so that it goes with the iterate: the loss of each task at its start.
 START_LOSS = "l2l.start_loss"
@@ -86,7 +88,9 @@ class StackedTasks:
                 )
         return {name: torch.stack([own[name].detach() for own in found]) for name in found[0]}
 
-    def batch(self, split: Any, generator: torch.Generator, judged: str | None = None, full: bool = False) -> StackedBatch:
+    def batch(
+        self, split: Any, generator: torch.Generator, judged: str | None = None, full: bool = False
+    ) -> StackedBatch:
         """A batch of every task.
 
         Args:
@@ -103,7 +107,9 @@ class StackedTasks:
                 f"{type(self.tasks[0]).__name__} has no full_batch(split), so the meta-objective cannot be evaluated "
                 "on all of its data. Use meta_batch='sample'."
             )
-        draw: Any = (lambda task: task.full_batch(split)) if full else (lambda task: task.sample_batch(split, generator))
+        draw: Any = (
+            (lambda task: task.full_batch(split)) if full else (lambda task: task.sample_batch(split, generator))
+        )
         found = [draw(task) for task in self.tasks]
         data = optree.tree_map(lambda *parts: torch.stack(parts), *found) if self._stackable else found
         return StackedBatch(data, judged)
@@ -122,7 +128,9 @@ class StackedTasks:
 
     def limit(self, start: Tensor) -> Tensor:
         """Above this loss a task counts as diverged, ``[tasks]``."""
-        return start + self.divergence * start.abs().clamp(min=1e-12)
+        # A number, so that the mean over the tasks is one too.
+        largest = torch.finfo(start.dtype).max / (2 * len(self.tasks))
+        return (start + self.divergence * start.abs().clamp(min=1e-12)).clamp(max=largest)
 
     def __call__(self, parameters: Mapping[str, Tensor], batch: StackedBatch) -> Tensor:
         """The loss of the stack; ``parameters`` holds :data:`LOSS_CHANNEL` and :data:`START_LOSS` too."""
@@ -140,7 +148,8 @@ class StackedTasks:
 
 def _refuse_mixture(first: Task, other: Task) -> bool:
     raise ValueError(
-        f"{type(first).__name__} and {type(other).__name__} cannot be trained together: the one is stackable, the other "
+        f"{type(first).__name__} and {type(other).__name__} cannot be trained together: the one is stackable, the "
+        "other "
         "is not."
     )
 
@@ -148,7 +157,8 @@ def _refuse_mixture(first: Task, other: Task) -> bool:
 class BatchedTasks(LearnedOptimizer):
     """A learned optimizer for stacked tasks: the same update for each of them, by ``torch.func.vmap``.
 
-    Also the place where diverging tasks are frozen: a task whose loss or gradient is not finite, whose loss is above its
+    Also the place where diverging tasks are frozen: a task whose loss or gradient is not finite, whose loss is above
+    its
     limit, or whose update is absurdly long, does not move again.
 
     The state is ``{"optimizer": ..., "alive": bool [tasks]}``; tensors in ``"optimizer"`` have the task as first
@@ -218,7 +228,8 @@ def _masked(tensors: Mapping[str, Tensor], alive: Tensor) -> dict[str, Tensor]:
 
 def _over_tasks(function: Any, *trees: Any) -> Any:
     """``function`` for each task; what is no tensor in the trees is the same for all of them and goes past vmap."""
-    leaves, structure = optree.tree_flatten(trees)
+    given_trees: Any = trees
+    leaves, structure = optree.tree_flatten(given_trees)
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     found: list[Any] = []
 

@@ -1,0 +1,279 @@
+"""``MetaTraining``: a LightningModule that trains a learned optimizer over tasks."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_l2l.core.estimators import Particles
+from lightning_l2l.core.objectives import Objective, check_objective
+from lightning_l2l.core.windows import Name, WindowEstimator
+from lightning_l2l.host.ranks import from_all_ranks
+from lightning_l2l.optimizers.base import LearnedOptimizer
+from lightning_l2l.optimizers.tf1_rmsprop import TF1RMSProp
+from lightning_l2l.tasks.family import TaskFamily, as_family
+from lightning_l2l.tasks.length import Length, as_length
+from lightning_l2l.tasks.population import Judgement, Population
+from lightning_l2l.tasks.stacked import BatchedTasks
+from lightning_l2l.tasks.task import Task
+
+MetaOptimizerName = Literal["adam", "sgd", "rmsprop_tf1"]
+# Longer full unrolls are differentiated in segments: about the square root of the memory, a third more time.
+_LONGEST_REVERSE = 64
+_CHECKPOINT_KEY = "lightning_l2l"
+
+
+class MetaTraining(pl.LightningModule):
+    """Trains a learned optimizer over a distribution of tasks: ``L.Trainer(max_steps=1000).fit(MetaTraining(...))``.
+
+    One training step of the Trainer is one meta-gradient: a window of the inner training of ``tasks_at_once`` tasks
+    side by
+    side. Clipping, accumulation, precision, checkpoints, loggers and DDP (other tasks on each process) are the
+    Trainer's.
+    An interrupted meta-training that is resumed from a checkpoint goes on as if it had not been interrupted.
+
+    Inner trainings that diverge are frozen before anything leaves the number range, judged by a fixed bad loss, counted
+    (``l2l/diverged``), and begin anew at the next window, or with the rest of their population where they share a step
+    count with it (learned hyperparameters) or a perturbation (``pes``, ``es_single``). A meta-gradient that is not
+    usable
+    all the same counts as zero (``l2l/unusable``).
+
+    Args:
+        learned: The learned optimizer. Trained in place; :meth:`LearnedOptimizer.save` it afterwards.
+        tasks: A task, several of the same parameter shapes, or a family to draw from.
+        unroll_steps: Inner steps that a meta-gradient looks at; a number, or a random or growing :class:`Length`.
+        episode_steps: Inner steps of a whole inner training, which is cut into unrolls, carrying the inner state.
+            ``None``: every meta-gradient looks at a training from its start.
+        tasks_at_once: Tasks side by side on each process.
+        populations: Groups of ``tasks_at_once`` tasks that are at different steps of their training (staggered), taking
+            turns. Only with ``episode_steps``.
+        objective: The meta-objective; see :mod:`lightning_l2l.core.objectives`. Over tasks it is the mean.
+        meta_data: ``"val"``: train-by-validation; ``"train"``: train-by-train, on fresh training batches.
+        meta_batch: ``"sample"``: one batch of each task for each unroll; ``"full"``: all of the split.
+        estimator: ``"auto"``: ``reverse``, or ``segmented`` above 64 steps, of a whole training; of windows
+            ``es_single`` for a few meta-parameters, else ``truncated``.
+        second_order: ``False`` leaves out the derivative of the inner gradients, as the paper's code does.
+        iterates: ``"before"``: the paper's code's mean over ``w_0 ... w_(K-1)``; needs ``objective="naive_mean"``.
+        meta_optimizer: ``"adam"``, ``"sgd"``, or the paper's code's ``"rmsprop_tf1"``.
+        meta_learning_rate: Its learning rate.
+        warm_down: The learning rate falls to zero over the Trainer's ``max_steps``, as half a cosine.
+        particles: For the estimators with particles.
+        divergence: A task has diverged once its loss is above its start's by this many times the start's.
+        seed: Of tasks, starts and batches.
+        updates_per_epoch: Meta-gradients in one "epoch" of the Trainer.
+
+    Raises:
+        TypeError: ``learned`` is no learned optimizer, or ``tasks`` no tasks.
+        ValueError: Settings that do not go together.
+
+    Example:
+        >>> from lightning_l2l import LearnedStepSize, MetaTraining
+        >>> from lightning_l2l.core.inner import inner_optimizer
+        >>> from lightning_l2l.tasks import Quadratic
+        >>> learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=0.01))
+        >>> meta_training = MetaTraining(learned, Quadratic.random(2, seed=0), unroll_steps=5, tasks_at_once=2)
+        >>> meta_training.training_step(0).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        learned: LearnedOptimizer,
+        tasks: Task | TaskFamily | Sequence[Task],
+        *,
+        unroll_steps: int | Length = 20,
+        episode_steps: int | Length | None = None,
+        tasks_at_once: int = 8,
+        populations: int = 1,
+        objective: Objective = "log",
+        meta_data: Literal["train", "val"] = "val",
+        meta_batch: Literal["sample", "full"] = "sample",
+        estimator: Name = "auto",
+        second_order: bool = True,
+        iterates: Literal["after", "before"] = "after",
+        meta_optimizer: MetaOptimizerName = "adam",
+        meta_learning_rate: float = 1e-3,
+        warm_down: bool = False,
+        particles: Particles | None = None,
+        divergence: float = 10.0,
+        seed: int = 0,
+        updates_per_epoch: int = 100,
+    ) -> None:
+        super().__init__()
+        if not isinstance(learned, LearnedOptimizer):
+            raise TypeError(f"learned must be a LearnedOptimizer, got {type(learned).__name__}.")
+        if not any(parameter.requires_grad for parameter in learned.parameters()):
+            raise ValueError(
+                f"{type(learned).__name__} has no meta-parameters to train. Learned step sizes and hyperparameters get "
+                "theirs from attach(inner_optimizer(torch.optim.Adam, lr=1e-3))."
+            )
+        check_objective(objective)
+        for name, value in (("tasks_at_once", tasks_at_once), ("populations", populations)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if populations > 1 and episode_steps is None:
+            raise ValueError(
+                "populations are groups of tasks at different steps of their training; with episode_steps=None each "
+                "meta-gradient looks at a whole training. Set episode_steps, or raise tasks_at_once instead."
+            )
+        if iterates == "before" and objective != "naive_mean":
+            raise ValueError("iterates='before' shifts a mean over the steps: use objective='naive_mean' with it.")
+        if meta_optimizer not in get_args(MetaOptimizerName):
+            raise ValueError(f"meta_optimizer={meta_optimizer!r} must be one of {list(get_args(MetaOptimizerName))}.")
+        if not divergence > 0:
+            raise ValueError(
+                f"divergence={divergence} must be above 0: a task's loss may rise a little before it falls."
+            )
+        self.learned = learned
+        self.family = as_family(tasks)
+        self.unroll_length = as_length(unroll_steps)
+        self.episode_length = None if episode_steps is None else as_length(episode_steps)
+        self.tasks_at_once, self.seed, self.divergence = tasks_at_once, seed, float(divergence)
+        self.meta_optimizer, self.meta_learning_rate, self.warm_down = meta_optimizer, meta_learning_rate, warm_down
+        self.updates_per_epoch = updates_per_epoch
+        if estimator == "auto" and self.episode_length is None:
+            estimator = "reverse" if self.unroll_length.longest <= _LONGEST_REVERSE else "segmented"
+        windows = WindowEstimator(estimator, particles or Particles(), second_order=second_order)
+        self._judgement = Judgement(objective, meta_data, meta_batch, iterates, windows)
+        # In a tuple, so that the learned optimizer is registered once.
+        self._batched = (BatchedTasks(learned),)
+        self._populations: list[Population | None] = [None] * populations
+        self.meta_gradients = 0
+        self.diverged = 0
+        self.unusable = 0
+
+    def train_dataloader(self) -> DataLoader[int]:
+        """A stream of numbers: the tasks' own data are drawn in the training step."""
+        return DataLoader(_Stream(self.updates_per_epoch), batch_size=None)
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """One meta-gradient, as a loss whose gradient it is.
+
+        Returns:
+            The meta-objective; its derivative for each meta-parameter is the meta-gradient.
+        """
+        which = self.meta_gradients % len(self._populations)
+        generator = self._generator()
+        population = self._ready(which, generator)
+        steps = self.unroll_length.draw(generator, self.meta_gradients) if self.episode_length else population.length
+        with torch.enable_grad():
+            result, after = population.window(self._batched[0], steps, self._judgement, generator, self.device)
+        frozen = int(after.diverged.sum() - population.diverged.sum())
+        self.diverged += frozen
+        self.meta_gradients += 1
+        self.unusable += not result.usable
+        self._populations[which] = None if after.finished or not result.usable else after
+        gradients = {name.removeprefix("learned."): gradient for name, gradient in result.gradients.items()}
+        if not result.usable:
+            gradients = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
+        self._log(result.value, gradients, after.steps - population.steps)
+        return self._surrogate(result.value, gradients)
+
+    def configure_optimizers(self) -> Any:
+        """The meta-optimizer."""
+        parameters = [parameter for parameter in self.learned.parameters() if parameter.requires_grad]
+        makers = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "rmsprop_tf1": TF1RMSProp}
+        optimizer: torch.optim.Optimizer = makers[self.meta_optimizer](parameters, lr=self.meta_learning_rate)
+        if not self.warm_down:
+            return optimizer
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total) or total < 1:
+            raise ValueError("warm_down needs the length of the meta-training: give the Trainer max_steps.")
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Puts the meta-parameters back into their bounds."""
+        self.learned.project_()
+
+    def on_train_end(self) -> None:
+        """Writes down how long the inner trainings were, for the warning of those who use it beyond."""
+        self.learned.horizon = (self.episode_length or self.unroll_length).longest
+        self.learned.tasks = self.learned.tasks or type(self.family).__name__
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds where the inner trainings of all processes stand, and the counters."""
+        states = [None if population is None else population.state_dict() for population in self._populations]
+        own = {"populations": states, "diverged": self.diverged, "unusable": self.unusable}
+        checkpoint[_CHECKPOINT_KEY] = {"meta_gradients": self.meta_gradients, "ranks": from_all_ranks(own)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on where the inner trainings stood.
+
+        Raises:
+            ValueError: The checkpoint has another number of processes or populations.
+        """
+        saved = checkpoint.get(_CHECKPOINT_KEY)
+        if saved is None:
+            return
+        ranks, world = saved["ranks"], self.trainer.world_size if self._trainer is not None else 1
+        if len(ranks) != world or len(ranks[0]["populations"]) != len(self._populations):
+            raise ValueError(
+                f"The checkpoint holds {len(ranks[0]['populations'])} population(s) on each of {len(ranks)} "
+                "process(es), "
+                f"now there are {len(self._populations)} on {world}. Resume with the same settings, or load only the "
+                "meta-parameters."
+            )
+        own = ranks[self.global_rank]
+        self.meta_gradients, self.diverged, self.unusable = saved["meta_gradients"], own["diverged"], own["unusable"]
+        self._populations = [
+            None if state is None else Population.from_state_dict(
+                state, self.family, self._batched[0], self.divergence, self.device
+            )
+            for state in own["populations"]
+        ]  # fmt: skip
+
+    def _ready(self, which: int, generator: torch.Generator) -> Population:
+        """The population whose turn it is, with fresh tasks where it needs them."""
+        population = self._populations[which]
+        batched, device = self._batched[0], self.device
+        if population is None:
+            length = (self.episode_length or self.unroll_length).draw(generator, self.meta_gradients)
+            if self.meta_gradients < len(self._populations):
+                # The first training of each population is shorter by a different amount: from then on they are
+                # staggered.
+                length = max(1, math.ceil(length * (which + 1) / len(self._populations)))
+            return Population.begin(
+                self.family, batched, self.tasks_at_once, length, self._judgement, generator, device, self.divergence
+            )
+        if bool(population.diverged.any()) and population.restartable:
+            return population.restarted(self.family, batched, generator, device)
+        return population
+
+    def _generator(self) -> torch.Generator:
+        """A function of seed, process and the number of meta-gradients, so there is no state to keep."""
+        mixed = random.Random(f"{self.seed}/{self.global_rank}/{self.meta_gradients}").getrandbits(62)
+        return torch.Generator().manual_seed(mixed)
+
+    def _surrogate(self, value: float, gradients: dict[str, Tensor]) -> Tensor:
+        parameters = dict(self.learned.named_parameters())
+        products = [(parameters[name] * gradient.detach()).sum().float() for name, gradient in gradients.items()]
+        slope = torch.stack(products).sum()
+        # Lightning refuses losses that are not finite (detect_anomaly), and there is nothing better to show.
+        shown = torch.tensor(value if math.isfinite(value) else 0.0, device=slope.device)
+        return shown + slope - slope.detach()
+
+    def _log(self, value: float, gradients: dict[str, Tensor], steps: int) -> None:
+        if self._trainer is None:
+            return
+        norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
+        values = {"meta_objective": value, "meta_gradient_norm": norm, "unroll_steps": steps}
+        values |= {"diverged": self.diverged, "unusable": self.unusable}
+        self.log_dict({f"l2l/{name}": float(number) for name, number in values.items()}, batch_size=1)
+
+
+class _Stream(IterableDataset[int]):
+    """Not a list of numbers: a sampler for several processes would split it. Lightning warns of a ``__len__``."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
