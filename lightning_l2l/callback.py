@@ -34,10 +34,10 @@ class LearnToLearn(pl.Callback):
     training, a short range test finds a rate to start from. Module, optimizer, schedulers and data stay yours.
 
     **When it helps.** You do not know a good learning rate, or one constant rate is not good all the way. **What it
-    costs**: about three training steps for each unrolled step, so with the defaults 0.75 of the training again, plus
-    the range test, 5 % of its steps. **What it does not do**: it needs automatic optimization, a single device, and an
-    optimizer with a mirror (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad); everything that is refused is refused
-    before training, with the reason.
+    costs**: for each unrolled step three training steps (large networks) to six (tiny ones), so with the defaults the
+    training takes about twice as long; the range test is 5 % of its steps. **What it does not do**: it needs automatic
+    optimization, a single device, and an optimizer with a mirror (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad);
+    everything that is refused is refused before training, with the reason.
 
     Nothing else of the run changes: parameters, buffers, random numbers, metrics, attributes of the modules and the
     order of the data are those of the run without the callback (bit for bit, with ``meta_learning_rate=0,

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+# The tests' tensors are small: a second thread costs more than it helps, and much more where cores are shared.
+torch.set_num_threads(1)
+
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 1,
@@ -41,7 +44,7 @@ def trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """An initial search of three steps per candidate: the tests are about what is around it."""
-    monkeypatch.setattr("lightning_l2l.host.look_ahead.search_budget", lambda planned: 36)
+    monkeypatch.setattr("lightning_l2l.host.look_ahead.search_budget", lambda planned, fraction: 36)
     monkeypatch.setattr("lightning_l2l.host.look_ahead.search_steps", lambda budget: 3)
 
 

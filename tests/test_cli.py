@@ -50,7 +50,8 @@ def test_sanity_writes_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sanity, "_GROUPS", ())
     assert command_line.main(["sanity", "--plots", str(tmp_path)]) == 0
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
-    assert {"landscape/landscape.png", "quadratic/step_size.png", "least_squares/trajectories.png", "least_squares_by_samples/sweep.png"} <= names
+    assert {"landscape/landscape.png", "quadratic/step_size.png", "least_squares/trajectories.png"} <= names
+    assert "least_squares_by_samples/sweep.png" in names
 
 
 def test_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
