@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_l2l sanity | quadratic | least-squares | landscape``.
+"""The command line: ``python -m lightning_l2l sanity | quadratic | least-squares | landscape | meta-train | ...``.
 
 ``sanity`` runs with nothing but the package itself, so that an installation can be checked. The experiments take their
 options from the signatures of their functions, through jsonargparse (the ``cli`` extra).
@@ -9,14 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+_PRINTED = (int, float, str, type(None))
 _EXPERIMENTS = {
     "quadratic": "learn the step size of gradient descent on a quadratic (the paper's experiment 1)",
     "least-squares": "tune a step size on training or on held-out data (the paper's experiment 2)",
     "landscape": "the meta-objective over the step size: naive against log",
+    "meta-train": "train a neural optimizer over tasks, save it, compare it with tuned Adam and SGD",
+    "evaluate": "compare a saved learned optimizer with tuned Adam and SGD",
+    "mlp-optimizer": "neural optimizers trained on training or on held-out data (the paper's experiment 3)",
 }
 
 
@@ -85,14 +90,26 @@ def _module(name: str) -> str:
 
 def _report(result: Any, output: Any) -> None:
     """Rows of numbers as a table, where the experiment returns some; where its files are, always."""
-    rows = result if isinstance(result, list) else []
-    if rows and hasattr(rows[0], "step_size_train"):
-        columns = ("samples", "noise", "steps", "step_size_train", "step_size_validation", "test_rmse_train",
-                   "test_rmse_validation", "test_rmse_zero")  # fmt: skip
-        print("  ".join(columns))
-        for row in rows:
-            print("  ".join(f"{getattr(row, column):{len(column)}.4g}" for column in columns))
+    rows = [row for row in result if is_dataclass(row)] if isinstance(result, list) else []
+    if rows:
+        columns = _columns(rows)
+        table = [columns, *([_cell(getattr(row, name)) for name in columns] for row in rows)]
+        widths = [max(len(line[place]) for line in table) for place in range(len(table[0]))]
+        for line in table:
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     print(f"written to {output}")
+
+
+def _columns(rows: list[Any]) -> list[str]:
+    """The fields that hold one number or a name in every row; curves are in the files."""
+    names = [field.name for field in fields(rows[0])]
+    return [name for name in names if all(isinstance(getattr(row, name), _PRINTED) for row in rows)]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
