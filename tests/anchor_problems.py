@@ -1,7 +1,7 @@
 """The problems on which estimators over windows are compared, as losses and learned optimizers.
 
-``InfluenceBalancing`` and ``ToyRegression`` are those of Vicol, Metz, Sohl-Dickstein 2021 (the first goes back to Tallec
-and Ollivier 2017, arXiv 1702.05043), ``DigitsSchedule`` is their MNIST experiment on scikit-learn's digits.
+``InfluenceBalancing`` and ``ToyRegression`` are those of Vicol, Metz, Sohl-Dickstein 2021 (the first goes back to
+Tallec and Ollivier 2017, arXiv 1702.05043), ``DigitsSchedule`` is their MNIST experiment on scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class MetaTrainingRun:
         windows: Windows per episode; ``None`` never starts again.
         iterations: Meta-updates.
         factor: What the meta-gradient is multiplied by (the number of losses in a mean, to have their sum).
-        annealing: Over the second half, the perturbations shrink to this fraction, and the meta-learning-rate falls to a
-            twentieth; 1 for neither.
+        annealing: Over the second half, the perturbations shrink to this fraction, and the meta-learning-rate falls to
+            a twentieth; 1 for neither.
     """
 
     estimator: str

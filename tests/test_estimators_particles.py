@@ -53,10 +53,7 @@ def test_mean_over_seeds_is_the_exact_gradient_within_its_standard_error(estimat
     expected = smoothed_gradient(width)
     # The scatter of one estimate falls with the root of the number of particles: 100 000 in all.
     found = torch.tensor(
-        [
-            on_bowl(estimator, Particles(2000, width, seed=seed)).gradients["learning_rate"].item()
-            for seed in range(50)
-        ],
+        [on_bowl(estimator, Particles(2000, width, seed=seed)).gradients["learning_rate"].item() for seed in range(50)],
         dtype=torch.float64,
     )
     error = found.std().item() / math.sqrt(len(found))
@@ -146,7 +143,9 @@ def networks():
         "BatchNorm and dropout": nn.Sequential(
             nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 2)
         ),
-        "convolution": nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)),
+        "convolution": nn.Sequential(
+            nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)
+        ),
         "transformer": nn.Sequential(
             nn.Unflatten(1, (1, 6)), nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, batch_first=True),
             nn.Flatten(), nn.Linear(6, 2),

@@ -25,9 +25,9 @@ class Problem:
 
     def __init__(self, steps, dtype=torch.float64):
         torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.4), nn.Linear(12, 3)
-        ).to(dtype)
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.4), nn.Linear(12, 3)).to(
+            dtype
+        )
         self.batches = [(torch.randn(8, 6, dtype=dtype), torch.randint(3, (8,))) for _ in range(steps)]
         self.meta_batch = (torch.randn(8, 6, dtype=dtype), torch.randint(3, (8,)))
 
@@ -113,6 +113,22 @@ def test_replays_the_generators_of_python_and_numpy():
         random.seed(0), np.random.seed(0)
         found.append(problem.meta_gradient(estimator).gradients)
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+def test_replays_buffers_that_the_loss_reads_and_writes():
+    def loss(tensors, batch):
+        tensors["average"].mul_(0.5).add_(tensors["w"].detach())
+        return (tensors["w"] * tensors["average"] - 1).square().sum() + 1
+
+    learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=0.05))
+    params = {"w": torch.tensor([0.5, 2.0], dtype=torch.float64)}
+    buffers = {"average": torch.zeros(2, dtype=torch.float64)}
+    found = [
+        meta_gradient(loss, params, learned, [None] * 10, None, buffers=buffers, estimator=estimator)
+        for estimator in ("reverse", "segmented")
+    ]
+    torch.testing.assert_close(found[1].gradients, found[0].gradients, rtol=1e-12, atol=0)
+    assert torch.equal(buffers["average"], torch.zeros(2, dtype=torch.float64))
 
 
 def test_refuses_a_loss_that_cannot_be_replayed():

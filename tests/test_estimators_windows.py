@@ -1,4 +1,4 @@
-"""Estimators over windows: what is carried, what is biased and what is not, and that an interruption changes nothing."""
+"""Estimators over windows: what is carried, what is biased, and that an interruption changes nothing."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_variance_grows_with_the_windows_for_pes_and_not_for_es_single(problem):
             result, episode = windows.meta_gradient(problem.loss, problem, episode, [None], None, objective="naive")
         return result.diagnostics.standard_error["theta"].item()
 
-    # The dynamics forget within some ten steps, so of 40 perturbations most are noise: a factor of sqrt(40 / 10) or more.
+    # The dynamics forget within some ten steps, so of 40 perturbations most are noise: a factor of sqrt(40 / 10) or
+    # more.
     assert scatter("pes") > 1.5 * scatter("es_single")
 
 
@@ -98,9 +99,7 @@ class Network:
         return (functional_call(self.net, dict(tensors), (batch[0],)) - batch[1]).square().mean()
 
     def begin(self, windows, learned):
-        return windows.begin(
-            learned, dict(self.net.named_parameters()), buffers=dict(self.net.named_buffers())
-        )
+        return windows.begin(learned, dict(self.net.named_parameters()), buffers=dict(self.net.named_buffers()))
 
     def gradients(self, windows, learned, episode, numbers):
         found = []
@@ -192,6 +191,31 @@ def test_es_single_keeps_its_perturbation_and_pes_adds_new_ones(problem):
         _, first = windows.meta_gradient(problem.loss, problem, start, [None], None, objective="naive")
         _, second = windows.meta_gradient(problem.loss, problem, first, [None], None, objective="naive")
         assert torch.equal(first.directions["theta"], second.directions["theta"]) == kept
+
+
+@pytest.mark.parametrize("name", ["es", "pes"])
+def test_every_window_draws_new_perturbations(name):
+    """Particles that would not move anything but themselves: their values are their perturbations."""
+
+    class Still(LearnedOptimizer):
+        def __init__(self):
+            super().__init__()
+            self.theta = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def transformation(self):
+            def update(updates, state, *, params=None, inplace=True):
+                return {"w": self.theta - params["w"]}, state
+
+            return torchopt.base.GradientTransformation(lambda params: (), update)
+
+    learned, windows = Still(), WindowEstimator(name, Particles(2, 0.1, seed=0))
+    episode = windows.begin(learned, {"w": torch.zeros(1, dtype=torch.float64)})
+    found = []
+    for _ in range(3):
+        loss = lambda params, batch: (params["w"] + 1).square().sum()  # noqa: E731
+        result, episode = windows.meta_gradient(loss, learned, episode, [None], None, objective="naive")
+        found.append(result.gradients["theta"].item())
+    assert len(set(found)) == 3
 
 
 def test_auto_says_which_and_why(problem):

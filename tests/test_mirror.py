@@ -276,9 +276,7 @@ def test_second_use_equals_first_use(case):
         parameters = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
         state = transformation.init(parameters)
         for batch in batches(4):
-            updates, state = transformation.update(
-                gradients(net, parameters, batch), state, params=parameters
-            )
+            updates, state = transformation.update(gradients(net, parameters, batch), state, params=parameters)
             parameters = torchopt.apply_updates(parameters, updates, inplace=False)
         runs.append(parameters)
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])

@@ -28,9 +28,7 @@ def start(case: str):
     train(net, optimizer, batches(5))
     inner = mirror(optimizer, net.named_parameters())
     keys = [key for key in inner.rule.learnable if inner.groups[0].hyperparameters[key] != 0]
-    live = torch.tensor(
-        [[group.hyperparameters[key] for key in keys] for group in inner.groups], dtype=torch.float64
-    )
+    live = torch.tensor([[group.hyperparameters[key] for key in keys] for group in inner.groups], dtype=torch.float64)
     return net, inner, read_state(optimizer, net.named_parameters()), keys, live
 
 
@@ -119,9 +117,7 @@ def dead(case: str, hyperparameters: torch.Tensor, mask: torch.Tensor) -> torch.
     state = transformation.init(parameters)
     for _ in range(3):
         found = torch.autograd.grad(loss(parameters), list(parameters.values()), create_graph=True)
-        updates, state = transformation.update(
-            dict(zip(parameters, found, strict=True)), state, params=parameters
-        )
+        updates, state = transformation.update(dict(zip(parameters, found, strict=True)), state, params=parameters)
         parameters = {name: p + updates[name] for name, p in parameters.items()}
     return loss(parameters)
 

@@ -88,9 +88,7 @@ def test_many_tensors_are_updated_in_portions_with_the_same_result():
     transformation = inner_optimizer(torch.optim.Adam, lr=0.1).transformation()
     updates, state = transformation.update(parameters, transformation.init(parameters), params=parameters)
     for name in parameters:
-        alone, own = transformation.update(
-            {name: parameters[name]}, {}, params={name: parameters[name]}
-        )
+        alone, own = transformation.update({name: parameters[name]}, {}, params={name: parameters[name]})
         assert torch.equal(alone[name], updates[name])
         assert torch.equal(own[name]["exp_avg_sq"], state[name]["exp_avg_sq"])
 

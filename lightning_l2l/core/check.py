@@ -1,7 +1,7 @@
 """A self-check that users run on their own module: is the meta-gradient of this loss right?
 
-Second derivatives are used by few, so operations without one, or with a wrong one, go unnoticed until a learning rate does not
-learn. Everything is compared with central differences here, in float64 where the loss allows it.
+Second derivatives are used by few, so operations without one, or with a wrong one, go unnoticed until a learning rate
+does not learn. Everything is compared with central differences here, in float64 where the loss allows it.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class CheckReport:
         wrong = not self.curvature_error <= self.tolerance and not unclear
         if wrong and self.custom_functions:
             lines.append(
-                f"  suspect: the torch.autograd.Function {', '.join(self.custom_functions)}, whose backward must itself "
-                "be differentiable (no once_differentiable, no .detach() in it)"
+                f"  suspect: the torch.autograd.Function {', '.join(self.custom_functions)}, whose backward must "
+                "itself be differentiable (no once_differentiable, no .detach() in it)"
             )
         elif wrong and not self.without_second_derivative:
             lines.append("  suspect: a .detach(), torch.no_grad or .item() on something that depends on the parameters")
@@ -246,7 +246,6 @@ def _converted(tree: Any, dtype: torch.dtype | None) -> Any:
         return leaf.detach().to(dtype)
 
     return optree.tree_map(convert, tree)
-
 
 
 def _error(value: float) -> str:

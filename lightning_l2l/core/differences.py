@@ -15,6 +15,8 @@ from lightning_l2l.core.plan import LARGEST_FORWARD, scalars
 from lightning_l2l.core.random_state import RandomState
 from lightning_l2l.optimizers.base import LearnedOptimizer
 
+_TINY = float(torch.finfo(torch.float64).tiny)
+
 
 class Differences:
     """One training problem, and comparisons of its derivatives with central differences.
@@ -45,7 +47,7 @@ class Differences:
         self._seed = seed
         epsilon = max(torch.finfo(tensor.dtype).eps for tensor in params.values())
         # The width at which rounding and the next term of the series of a central difference are about equal.
-        self._width = epsilon ** (1 / 3)
+        self._width: float = epsilon ** (1 / 3)
 
     def loss_and_gradients(self) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The loss and its gradients with their graphs, at the start."""
@@ -56,7 +58,7 @@ class Differences:
     def random_error(self) -> float:
         """How much the loss differs when it is computed twice from the same state."""
         first, second = (self.loss_and_gradients()[0].item() for _ in range(2))
-        return abs(first - second) / max(abs(first), torch.finfo(torch.float64).tiny)
+        return abs(first - second) / max(abs(first), _TINY)
 
     def curvature_error(self) -> float:
         """Relative error of a Hessian-vector product in a random direction; NaN if it raises.
@@ -84,18 +86,19 @@ class Differences:
             except RuntimeError:  # named by not_twice_differentiable
                 return math.nan
             exact = [zero if product is None else product for zero, product in zip(exact, found, strict=True)]
-        ends = []
-        for sign in (1.0, -1.0):
-            moved = {n: t.detach() + sign * self._width * direction[n] for n, t in iterate.parameters.items()}
-            place = Iterate(moved, self._start.state, self._start.buffers).fresh()
-            value = self._seeded(lambda place=place: self._step.evaluate(place, self._batches[0]))  # type: ignore[misc]
-            slopes = self._step.gradients(value, place, create_graph=False)
-            ends.append([torch.zeros_like(moved[n]) if slopes[n] is None else slopes[n] for n in names])
-        expected = [(up - down) / (2 * self._width) for up, down in zip(*ends, strict=True)]  # type: ignore[operator]
+        up, down = (self._gradients_at(direction, sign * self._width) for sign in (1.0, -1.0))
+        expected = [(one - other) / (2 * self._width) for one, other in zip(up, down, strict=True)]
         error = _norm([a - b for a, b in zip(exact, expected, strict=True)])
         # A curvature that is tiny next to the gradient drowns in the rounding of the differences, and does not matter.
-        floor = _norm(ends[0]) * self._width  # type: ignore[arg-type]
-        return error / max(_norm(expected), floor, torch.finfo(torch.float64).tiny)
+        return error / max(_norm(expected), _norm(up) * self._width, _TINY)
+
+    def _gradients_at(self, direction: Mapping[str, Tensor], distance: float) -> list[Tensor]:
+        """The gradients of the loss at some distance from the start."""
+        moved = {n: t.detach() + distance * direction[n] for n, t in self._start.parameters.items()}
+        place = Iterate(moved, self._start.state, self._start.buffers).fresh()
+        value = self._seeded(lambda: self._step.evaluate(place, self._batches[0]))
+        found = self._step.gradients(value, place, create_graph=False).items()
+        return [torch.zeros_like(moved[name]) if gradient is None else gradient for name, gradient in found]
 
     def meta_gradient_error(self) -> float:
         """Relative error of the meta-gradient, the largest over the meta-parameters' tensors.
@@ -105,9 +108,7 @@ class Differences:
         """
         learned = self._step.learned
         estimate = forward if scalars(learned) <= LARGEST_FORWARD else reverse
-        result, _ = self._seeded(
-            lambda: estimate(self._step, self._start, self._batches, self._meta_batch, "naive")
-        )
+        result, _ = self._seeded(lambda: estimate(self._step, self._start, self._batches, self._meta_batch, "naive"))
         worst = 0.0
         for name, gradient in result.gradients.items():
             size = gradient.double().norm().item()
@@ -119,7 +120,7 @@ class Differences:
             expected = (ends[0] - ends[1]) / (2 * self._width)
             difference = abs(expected - (gradient * along).sum().item())
             # A gradient that is tiny next to the loss drowns in the rounding of the differences.
-            floor = max(abs(ends[0]) * self._width, torch.finfo(torch.float64).tiny)
+            floor = max(abs(ends[0]) * self._width, _TINY)
             worst = max(worst, difference / max(abs(expected), size, floor))
         return worst
 
@@ -137,7 +138,8 @@ class Differences:
                 iterate = iterate.fresh()
             return self._step.evaluate(iterate.fresh(), self._meta_batch).item()
 
-        return self._seeded(train)
+        loss: float = self._seeded(train)
+        return loss
 
     def _seeded(self, function: Callable[[], Any]) -> Any:
         """Call a function with the same random numbers as always, and put the generators back."""

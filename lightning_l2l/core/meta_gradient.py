@@ -72,12 +72,12 @@ def meta_gradient(
 
     Loss and gradient are exact also where plain back-propagation over- or underflows, as long as the loss itself
     is in the number range; for a homogeneous task (``loss.homogeneity`` set, e.g. a
-    :class:`~lightning_l2l.tasks.Quadratic`) with SGD even beyond that. Where the result cannot be computed, the gradients
-    are NaN and ``diagnostics`` says why: check ``result.usable`` before applying them.
+    :class:`~lightning_l2l.tasks.Quadratic`) with SGD even beyond that. Where the result cannot be computed, the
+    gradients are NaN and ``diagnostics`` says why: check ``result.usable`` before applying them.
 
     Args:
-        loss: ``loss(params, batch)`` gives a tensor of one number, differentiable twice. ``params`` is a dictionary with
-            the names of ``params`` and ``buffers`` together, as ``torch.func.functional_call`` takes it.
+        loss: ``loss(params, batch)`` gives a tensor of one number, differentiable twice. ``params`` is a dictionary
+            with the names of ``params`` and ``buffers`` together, as ``torch.func.functional_call`` takes it.
         params: What the inner optimizer moves. Floating-point tensors of any shape, by name.
         learned: The learned optimizer, e.g. ``LearnedStepSize().attach(...)``.
         batches: One batch for each inner step, passed to ``loss`` as they are.

@@ -101,8 +101,8 @@ def plan(
 ) -> Plan:
     """What :func:`lightning_l2l.meta_gradient` would do with these arguments, and what it would take.
 
-    Runs a single inner step, twice, to measure it and to see whether its operations can be differentiated twice. Nothing
-    that is passed in is changed.
+    Runs a single inner step, twice, to measure it and to see whether its operations can be differentiated twice.
+    Nothing that is passed in is changed.
 
     Args:
         loss: ``loss(params, batch)`` gives a tensor of one number.

@@ -1,4 +1,4 @@
-"""Which operations can be differentiated twice: recognising the errors, and finding the operations before they raise."""
+"""Which operations can be differentiated twice: recognising the errors, and finding them before they raise."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def wrong_modules(module: nn.Module) -> list[str]:
         name for name, child in module.named_modules() if isinstance(child, nn.Embedding) and child.max_norm is not None
     ]
     return [
-        f"nn.Embedding with max_norm ({name}): it rescales its weights in place, outside of autograd. Use max_norm=None."
+        f"nn.Embedding with max_norm ({name}): it rescales its weights in place, outside autograd. Use max_norm=None."
         for name in names
     ]

@@ -52,7 +52,7 @@ class StepMemory:
             >>> memory.need("reverse", steps=100, meta_parameters=1) // memory.need("reverse", 10, 1)
             8
         """
-        step = self.graph + 2 * self.iterate + self.buffers
+        step = self.graph + self.iterate + self.buffers
         moving = 6 * self.iterate + self.graph
         if estimator in ("reverse", "truncated"):
             return steps * step + moving
@@ -97,9 +97,7 @@ def measure_step(step: InnerStep, start: Iterate, batch: Any) -> StepMemory | No
     return StepMemory(iterate, buffers, graph, plain, missing)
 
 
-def _count(
-    step: InnerStep, start: Iterate, batch: Any, *, second_order: bool
-) -> tuple[int, Iterate, str | None]:
+def _count(step: InnerStep, start: Iterate, batch: Any, *, second_order: bool) -> tuple[int, Iterate, str | None]:
     """Bytes that the graph of a step keeps, where it ends, and the operation without a second derivative."""
     iterate = start.fresh()
     given = [*iterate.leaves(), *iterate.buffers.values(), *(x for x in optree.tree_leaves(batch) if _is_tensor(x))]

@@ -1,12 +1,12 @@
 """A long inner training, looked at window by window: what is carried on, and one way to drive every estimator.
 
-An *episode* is one inner training. It is cut into windows of K steps, and the meta-parameters may be updated after each.
-What an estimator needs from one window to the next (where the training stands, where each particle stands, what its
-perturbations add up to) is a value, :class:`Episode`: it goes in, a new one comes out, nothing is hidden.
+An *episode* is one inner training. It is cut into windows of K steps, and the meta-parameters may be updated after
+each. What an estimator needs from one window to the next (where the training stands, where each particle stands, what
+its perturbations add up to) is a value, :class:`Episode`: it goes in, a new one comes out, nothing is hidden.
 
 The gradients of the windows of an episode add up to an estimate of the gradient of the *sum* of the windows'
-meta-objectives. For ``pes`` and ``es_single`` that estimate has no bias (of the smoothed sum, with the meta-parameters held
-fixed); the others leave out what a window does to later ones.
+meta-objectives. For ``pes`` and ``es_single`` that estimate has no bias (of the smoothed sum, with the meta-parameters
+held fixed); the others leave out what a window does to later ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-import optree
 from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 
@@ -87,10 +86,10 @@ class WindowEstimator:
     """Meta-gradients over the windows of an episode, by any estimator.
 
     Args:
-        estimator: ``"pes"`` and ``"es_single"`` are unbiased, ``"truncated"`` is the cheapest. ``"forward"``, ``"reverse"``,
-            ``"segmented"``, ``"es"`` and ``"mixed"`` compute the gradient inside a window that way and carry the
-            unperturbed training on, so they are truncated too. ``"auto"`` takes ``"es_single"`` for up to 64 scalar
-            meta-parameters and ``"truncated"`` above.
+        estimator: ``"pes"`` and ``"es_single"`` are unbiased, ``"truncated"`` is the cheapest. ``"forward"``,
+            ``"reverse"``, ``"segmented"``, ``"es"`` and ``"mixed"`` compute the gradient inside a window that way and
+            carry the unperturbed training on, so they are truncated too. ``"auto"`` takes ``"es_single"`` for up to 64
+            scalar meta-parameters and ``"truncated"`` above.
         particles: For those with particles.
         gradient_transformation: A stateless torchopt transformation of the inner gradients, e.g. a clipping.
         second_order: ``False`` leaves out the derivative of the inner gradients.
@@ -100,8 +99,8 @@ class WindowEstimator:
 
     Example:
         Five steps of gradient descent on ``w**2 / 2`` from ``w = 1``, one step per window, judged by the loss after
-        each step. The sum of the five losses is ``sum((1 - rate)**(2 k)) / 2``; its derivative in log(rate) at rate 0.1 is
-        -0.798. Truncation sees two fifths of it, the unbiased estimators all of it.
+        each step. The sum of the five losses is ``sum((1 - rate)**(2 k)) / 2``; its derivative in log(rate) at rate 0.1
+        is -0.798. Truncation sees two fifths of it, the unbiased estimators all of it.
 
         >>> import torch
         >>> from lightning_l2l import LearnedStepSize
@@ -243,9 +242,3 @@ def choose_window_estimator(learned: nn.Module, estimator: Name) -> tuple[str, s
 
 def _no_loss(parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
     raise AssertionError("An episode begins without a loss.")
-
-
-def leaves(episode: Episode) -> list[Tensor]:
-    """All tensors of an episode, e.g. to count its memory."""
-    found = optree.tree_leaves((episode.iterate.parameters, episode.iterate.state, episode.iterate.buffers))
-    return [leaf for leaf in [*found, *episode.directions.values()] if isinstance(leaf, Tensor)]

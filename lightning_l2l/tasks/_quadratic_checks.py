@@ -12,7 +12,7 @@ _LARGEST_SCALED_STEP = 1e30
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
     """Return the common shape; torch's own function carries no types in 2.13."""
-    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    return torch.Size(torch.broadcast_shapes(*shapes))
 
 
 def check_hessian(hessian: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Estimators over windows on three problems with known answers: numbers, and the figures of ``docs/which-estimator.md``.
+"""Estimators over windows on three problems: numbers, and the figures of ``docs/which-estimator.md``.
 
     python tests/benchmarks/anchors.py a1 a2 a7 --seeds 5 --figures docs/figures
 

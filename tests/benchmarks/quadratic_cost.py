@@ -11,6 +11,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -40,7 +41,9 @@ def back_propagation(task: Quadratic, step_size: float, steps: int) -> torch.Ten
 
 def engine_peak(task: Quadratic, steps: int, estimator: str) -> float:
     """Peak of Python's own allocations in MB (tensors are not in it; their count is what grows)."""
-    learned = LearnedStepSize(minimum=1e-12).attach(inner_optimizer(torch.optim.SGD, lr=0.5 * float(task.stability_limit)))
+    learned = LearnedStepSize(minimum=1e-12).attach(
+        inner_optimizer(torch.optim.SGD, lr=0.5 * float(task.stability_limit))
+    )
     tracemalloc.start()
     meta_gradient(task, task.initial_parameters(), learned, [None] * steps, None, estimator=estimator)
     peak = tracemalloc.get_traced_memory()[1] / 2**20
@@ -58,10 +61,10 @@ def main() -> None:
         task = Quadratic.random(dim, seed=0)
         step_size = 0.5 * float(task.stability_limit)
         calls = (
-            lambda: torch.linalg.eigh(task.hessian),
-            lambda: task.meta_gradient(step_size, steps),
-            lambda: task.meta_gradient(step_size, steps, method="recursion"),
-            lambda: back_propagation(task, step_size, steps),
+            partial(torch.linalg.eigh, task.hessian),
+            partial(task.meta_gradient, step_size, steps),
+            partial(task.meta_gradient, step_size, steps, method="recursion"),
+            partial(back_propagation, task, step_size, steps),
         )
         print(f"{dim:5} {steps:6}  " + " ".join(f"{milliseconds(call, repetitions):>30}" for call in calls))
     print("\nthe general engine, d = 20: peak of Python allocations in MB")

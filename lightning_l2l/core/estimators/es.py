@@ -5,7 +5,8 @@ noise grows with the number of meta-parameters instead. Cost: one plain training
 memory does not grow with the number of steps.
 
 It estimates the gradient of the meta-objective smoothed by a Gaussian (see
-:mod:`~lightning_l2l.core.estimators.particles`). Source: Salimans et al. 2017 (arXiv 1703.03864), with antithetic pairs.
+:mod:`~lightning_l2l.core.estimators.particles`). Source: Salimans et al. 2017 (arXiv 1703.03864), with antithetic
+pairs.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ def es(
     assert particles.seed is not None
     meta = meta_parameters(step)
     directions = particles.directions(meta, particles.seed, window=0)
-    moved = {
-        name: torch.cat([tensor + directions[name], tensor.unsqueeze(0)]) for name, tensor in meta.items()
-    }
+    moved = {name: torch.cat([tensor + directions[name], tensor.unsqueeze(0)]) for name, tensor in meta.items()}
     count = len(next(iter(moved.values())))
     run = unroll(
         step, spread(start, count), moved, batches, meta_batch, objective,

@@ -1,10 +1,11 @@
 """Evolution strategies with a single perturbation per episode, over windows, without the bias of truncation.
 
-Like persistent evolution strategies, but a particle keeps its perturbation from the first window of the episode to the last, so
-what a window's value is credited to is that one perturbation. The variance does not grow with the number of windows,
-which makes it the better choice unless the meta-objective needs independent perturbations in each window.
+Like persistent evolution strategies, but a particle keeps its perturbation from the first window of the episode to the
+last, so what a window's value is credited to is that one perturbation. The variance does not grow with the number of
+windows, which makes it the better choice unless the meta-objective needs independent perturbations in each window.
 
-Sources: Vicol 2023 (arXiv 2304.11153); the same idea as noise-reuse evolution strategies, Li et al. 2023 (arXiv 2304.12180).
+Sources: Vicol 2023 (arXiv 2304.11153); the same idea as noise-reuse evolution strategies, Li et al. 2023 (arXiv
+2304.12180).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Back-propagation and evolution strategies of the same particles, weighted by their inverse variances.
 
-Where the meta-objective is smooth, back-propagation through every perturbed unroll has by far the smaller variance; where
-the unroll is chaotic it explodes, and evolution strategies take over. The weights are found anew for each
+Where the meta-objective is smooth, back-propagation through every perturbed unroll has by far the smaller variance;
+where the unroll is chaotic it explodes, and evolution strategies take over. The weights are found anew for each
 meta-parameter from the scatter over the particles, so nobody has to know in advance. Both parts estimate the gradient
 of the same smoothed meta-objective. (The weights depend on the samples that they weight, which biases a mix of few
 particles slightly towards those that happened to agree.)
@@ -82,9 +82,9 @@ def mixed(
         gradients[name], mixed_errors[name], share = _mix(mean, error, found[name].double(), errors[name].double())
         gradients[name], mixed_errors[name] = gradients[name].to(tensor.dtype), mixed_errors[name].to(tensor.dtype)
         shares.append(share.flatten())
-    share = f"mean weight of back-propagation {torch.cat(shares).mean().item():.3f}"
+    note = f"mean weight of back-propagation {torch.cat(shares).mean().item():.3f}"
     value, losses = particles.over_ranks(values[-1]), particles.over_ranks(run.losses[:, -1])
-    result = particle_result("mixed", reason, run, value, losses, gradients, mixed_errors, [share])
+    result = particle_result("mixed", reason, run, value, losses, gradients, mixed_errors, [note])
     return result, particle(run.iterate, count - 1)
 
 
@@ -94,9 +94,7 @@ def _pair_means(samples: Tensor) -> Tensor:
     return (samples[:pairs] + samples[pairs:]) / 2
 
 
-def _mix(
-    back: Tensor, back_error: Tensor, strategy: Tensor, strategy_error: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _mix(back: Tensor, back_error: Tensor, strategy: Tensor, strategy_error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mix of two estimates, its standard error, and the weight of the first."""
     # A gradient that is not finite has exploded; its variance is as good as infinite.
     exploded = ~(back.isfinite() & back_error.isfinite())

@@ -1,9 +1,9 @@
 """The same training steps for many particles at once, each with meta-parameters of its own.
 
-A particle's tensors are slices of tensors with one more dimension in front. ``torch.func.vmap`` computes loss and update
-of all particles in one go; a loss that it cannot batch (an LSTM, a ``.item()``, a branch on a value) is called for one
-particle after the other instead. Both give the same numbers: every particle sees the same batches and the same random
-numbers (dropout), which also makes their differences less noisy.
+A particle's tensors are slices of tensors with one more dimension in front. ``torch.func.vmap`` computes loss and
+update of all particles in one go; a loss that it cannot batch (an LSTM, a ``.item()``, a branch on a value) is called
+for one particle after the other instead. Both give the same numbers: every particle sees the same batches and the same
+random numbers (dropout), which also makes their differences less noisy.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def spread(iterate: Iterate, count: int) -> Iterate:
 
 def particle(iterate: Iterate, index: int) -> Iterate:
     """One particle of many, as an ordinary iterate."""
-    pick: Callable[[Any], Any] = lambda leaf: leaf[index].detach().clone() if isinstance(leaf, Tensor) else leaf  # noqa: E731
+
+    def pick(leaf: Any) -> Any:
+        return leaf[index].detach().clone() if isinstance(leaf, Tensor) else leaf
+
     return Iterate(
         {name: pick(tensor) for name, tensor in iterate.parameters.items()},
         optree.tree_map(pick, iterate.state),
@@ -145,9 +148,7 @@ def _unroll(
     return ParticleRun(values, iterate.with_leaves([x.detach() for x in iterate.leaves()]), torch.stack(losses), how)
 
 
-def _added(
-    values: Tensor | None, judged: Tensor, weight: float, logarithmic: bool, loss_limit: float | None
-) -> Tensor:
+def _added(values: Tensor | None, judged: Tensor, weight: float, logarithmic: bool, loss_limit: float | None) -> Tensor:
     if loss_limit is not None:
         judged = torch.where(judged.isfinite(), judged, loss_limit).clamp(max=loss_limit)
     if logarithmic:
@@ -186,9 +187,7 @@ class _Mapped:
         judged, losses, buffers = self._over_particles(one, iterate.parameters, iterate.buffers)
         return judged, losses, _copies(buffers)
 
-    def update(
-        self, iterate: Iterate, gradients: Mapping[str, Tensor | None], meta: Mapping[str, Tensor]
-    ) -> Iterate:
+    def update(self, iterate: Iterate, gradients: Mapping[str, Tensor | None], meta: Mapping[str, Tensor]) -> Iterate:
         """The next iterate of each particle; the buffers stay."""
         flat, structure = optree.tree_flatten(iterate.state)
         present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
@@ -212,7 +211,8 @@ class _Mapped:
 
     def _over_particles(self, function: Callable[..., Any], *trees: Any) -> Any:
         """``function`` for each particle: its arguments are slices, its results are stacked."""
-        leaves, structure = optree.tree_flatten(trees)
+        leaves: list[Any]
+        leaves, structure = optree.tree_flatten(trees)  # type: ignore[arg-type]
         shapes: list[Any] = []
 
         # vmap walks through trees in Python; flat lists of tensors spare it half of its time.

@@ -115,9 +115,7 @@ class Particles:
             found[name] = torch.cat([half, -half])
         return found
 
-    def gradient(
-        self, values: Tensor, directions: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def gradient(self, values: Tensor, directions: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The estimate from the particles' meta-objectives.
 
         Args:

@@ -1,7 +1,7 @@
 """Truncated back-propagation: reverse mode inside a window, the iterate carried to the next one without its gradient.
 
-The cheapest estimator over windows, and a biased one: the effect of a meta-parameter beyond the end of the window is left
-out, so step sizes and schedules come out too greedy (measured on the anchors in the docs: stuck near the start, or
+The cheapest estimator over windows, and a biased one: the effect of a meta-parameter beyond the end of the window is
+left out, so step sizes and schedules come out too greedy (measured on the anchors in the docs: stuck near the start, or
 at a loss 26 times too high).
 """
 
