@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 TITLES = {
     "a1": ("Influence balancing", "loss after 500 steps", "log"),
     "a2": ("Toy regression", "sum of the losses of 100 steps", "log"),
-    "a7": ("Schedule of a digits classifier", "mean training loss of 500 steps", "log"),
+    "a7": ("Schedule of a digits classifier", "mean training loss of 500 steps", "linear"),
 }
 COLOURS = {"truncated": "#D55E00", "es": "#E69F00", "pes": "#0072B2", "es_single": "#009E73"}
 OPTIMA = {"a2": 555.5}
@@ -32,7 +32,9 @@ def draw(runs: list[dict], folder: Path) -> None:
             steps, losses = zip(*run["curve"], strict=True)
             label = None if estimator in labelled else estimator
             labelled.add(estimator)
-            axes.plot(steps, losses, color=COLOURS[estimator], alpha=0.7, linewidth=1.3, label=label)
+            # Above the others and dashed: truncated and es lie on each other.
+            style = {"linestyle": "--", "zorder": 3} if estimator == "truncated" else {}
+            axes.plot(steps, losses, color=COLOURS[estimator], alpha=0.8, linewidth=1.3, label=label, **style)
         if name in OPTIMA:
             axes.axhline(OPTIMA[name], color="black", linestyle=":", label="best of a grid")
         axes.set(xlabel="meta-updates", ylabel=quantity, title=title, yscale=scale)

@@ -111,7 +111,8 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="folder to write the figures of --results to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs = []
+    runs: list[dict] = []
+    known = json.loads(arguments.results.read_text()) if arguments.results and arguments.results.exists() else []
     for name in arguments.problems:
         train, estimators = PROBLEMS[name]
         if name == "a7":
@@ -132,13 +133,12 @@ def main() -> None:
                 seconds = time.process_time() - began
                 runs.append({"problem": name, "estimator": estimator, "seed": seed, "curve": curve, **end})
                 print(f"{name} {estimator:10} seed {seed}: {end}  {seconds:.1f} s", flush=True)
-    if arguments.results:
-        known = json.loads(arguments.results.read_text()) if arguments.results.exists() else []
-        arguments.results.write_text(json.dumps(known + runs))
+                if arguments.results:  # after each run, since they take minutes
+                    arguments.results.write_text(json.dumps(known + runs))
     if arguments.figures:
         from anchor_figures import draw
 
-        draw(runs if not arguments.results else json.loads(arguments.results.read_text()), arguments.figures)
+        draw(known + runs, arguments.figures)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Truncated back-propagation: reverse mode inside a window, the iterate carried to the next one without its gradient.
 
 The cheapest estimator over windows, and a biased one: the effect of a meta-parameter beyond the end of the window is
-left out, so step sizes and schedules come out too greedy (measured on the anchors in the docs: stuck near the start, or
-at a loss 26 times too high).
+left out, so step sizes and schedules come out too greedy (on the problems of docs, "which estimator", it goes from loss
+8 to 211 where the optimum has 0, and stays at 2423 where it has 556).
 """
 
 from __future__ import annotations
