@@ -87,8 +87,13 @@ def test_the_module_can_be_copied_and_pickled_during_the_fit(trainer: Any) -> No
     for found in copies.copies:
         assert found.lr_scheduler_step.__func__ is type(module).lr_scheduler_step
         assert found.lr_scheduler_step.__self__ is found
-        assert difference(mirror(module.configure_optimizers(), module.named_parameters()).groups[0].names,
-                          mirror(found.configure_optimizers(), found.named_parameters()).groups[0].names) == ""
+        assert (
+            difference(
+                mirror(module.configure_optimizers(), module.named_parameters()).groups[0].names,
+                mirror(found.configure_optimizers(), found.named_parameters()).groups[0].names,
+            )
+            == ""
+        )
 
 
 class Pickles(Plain):

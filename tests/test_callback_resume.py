@@ -86,9 +86,7 @@ def module(schedule: Any) -> Plain:
 
 @pytest.mark.usefixtures("short_search")
 @pytest.mark.filterwarnings("ignore:LearnToLearn. no initial search")
-@pytest.mark.parametrize(
-    ("case", "weights_only"), [*((case, True) for case in CASES), ("plain", False)]
-)
+@pytest.mark.parametrize(("case", "weights_only"), [*((case, True) for case in CASES), ("plain", False)])
 def test_resume_equals_uninterrupted_at_any_step(trainer: Any, tmp_path: Path, case: str, weights_only: bool) -> None:
     own, options, schedule = CASES[case]
     whole, uninterrupted = learner(**own), module(schedule)

@@ -221,10 +221,20 @@ def test_what_the_step_does_to_its_batch_does_not_reach_the_memory(make: Any) ->
     tensor.zero_()
     if isinstance(batch, (dict, list)):
         batch.clear()
-    (kept, index), = windows.last()[0].batches
-    inner = next(v for v in (vars(kept).values() if hasattr(kept, "__dict__") and not isinstance(kept, torch.Tensor)
-                             else kept.values() if isinstance(kept, dict)
-                             else [kept] if isinstance(kept, torch.Tensor) else kept) if isinstance(v, torch.Tensor))
+    ((kept, index),) = windows.last()[0].batches
+    inner = next(
+        v
+        for v in (
+            vars(kept).values()
+            if hasattr(kept, "__dict__") and not isinstance(kept, torch.Tensor)
+            else kept.values()
+            if isinstance(kept, dict)
+            else [kept]
+            if isinstance(kept, torch.Tensor)
+            else kept
+        )
+        if isinstance(v, torch.Tensor)
+    )
     assert type(kept) is type(batch) and torch.equal(inner, torch.ones(2)) and index == 0
 
 
@@ -277,7 +287,7 @@ def test_tensors_go_back_to_the_device_where_they_were_and_the_others_stay() -> 
     state = windows.state_dict()
     assert state["on_device"] == [False, False]
     windows.load_state_dict({**state, "on_device": [True, False]}, torch.device("meta"))
-    (batch, _), = windows.unfinished().batches
+    ((batch, _),) = windows.unfinished().batches
     assert batch["x"].device.type == "meta" and batch["lengths"].device.type == "cpu"
 
 

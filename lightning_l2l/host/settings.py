@@ -70,9 +70,7 @@ def check_learned(learned: object) -> None:
     """
     if learned is not None and not isinstance(learned, LearnedOptimizer):
         found = f"the class {learned.__name__}" if isinstance(learned, type) else type(learned).__name__
-        raise TypeError(
-            f"LearnToLearn(learned=...) must be a LearnedOptimizer such as LearnedStepSize(), not {found}."
-        )
+        raise TypeError(f"LearnToLearn(learned=...) must be a LearnedOptimizer such as LearnedStepSize(), not {found}.")
 
 
 def _is_loader(data: Any) -> bool:
