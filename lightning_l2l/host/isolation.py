@@ -18,6 +18,8 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
+from lightning_l2l.core.random_state import RandomState
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
@@ -36,20 +38,18 @@ def isolated_random_state(seed: int) -> Iterator[None]:
     Args:
         seed: The seed inside. What is drawn inside is the same whatever happened before.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    initialised = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    before = RandomState.now([torch.device("cuda", index) for index in initialised])
     try:
-        with torch.random.fork_rng(devices=devices):
-            # Not torch.manual_seed: on an uninitialised CUDA device that would leave a seed behind for later.
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            yield
+        # Not torch.manual_seed: on an uninitialised CUDA device that would leave a seed behind for later.
+        torch.default_generator.manual_seed(seed)
+        if initialised:
+            torch.cuda.manual_seed_all(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        yield
     finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+        before.restore()
 
 
 @contextmanager
