@@ -7,7 +7,7 @@ answers are checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.base import GradientTransformation
 
+from lightning_l2l.core.inner.rule import is_tensor
 from lightning_l2l.optimizers.base import LearnedOptimizer
 
 Tensors = dict[str, Tensor]
@@ -26,6 +27,9 @@ Loss = Callable[[Mapping[str, Tensor], Any], Tensor]
 
 def twice_differentiable() -> AbstractContextManager[Any]:
     """Attention by the math kernel: the fused ones have no second derivative (torch 2.13, CPU and CUDA)."""
+    switches = torch.backends.cuda  # of the CPU's kernels as well
+    if not (switches.flash_sdp_enabled() or switches.mem_efficient_sdp_enabled() or switches.cudnn_sdp_enabled()):
+        return nullcontext()  # already so: switching costs as much as a small layer
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -76,7 +80,7 @@ class Iterate:
 
 
 def _carries_derivative(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return is_tensor(leaf) and bool(leaf.is_floating_point())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The derivative of an update rule along given directions.
+"""The derivative of an update rule along given directions, whatever it is made of.
 
 The rule maps (parameters, state, gradients, meta-parameters) to (parameters, state). Its Jacobian J times a vector is
 computed with two reverse passes: ``J' v`` is built once as a function of a dummy ``v``, in which it is linear, and the
@@ -15,6 +15,43 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.core.inner_step import InnerStep, Iterate
+
+
+class Jacobian:
+    """The derivative of some tensors with respect to others, to be applied to directions.
+
+    Args:
+        outputs: Tensors with a graph; one that does not require a gradient is constant.
+        inputs: The leaves that they were computed from.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        moving = [output for output in outputs if output.requires_grad]
+        self._places = [place for place, output in enumerate(outputs) if output.requires_grad]
+        self._dummies = [torch.zeros_like(output, requires_grad=True) for output in moving]
+        self._pulled = torch.autograd.grad(moving, inputs, self._dummies, create_graph=True, allow_unused=True)
+        self._like = [output.detach() for output in outputs]
+
+    def along(self, directions: Sequence[Tensor | None]) -> list[Tensor]:
+        """How the outputs move when each input moves along its direction; ``None`` for an input that stays."""
+        pairs = [
+            (pulled, direction)
+            for pulled, direction in zip(self._pulled, directions, strict=True)
+            if direction is not None and pulled is not None and pulled.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [pulled for pulled, _ in pairs],
+            self._dummies,
+            [direction for _, direction in pairs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        moved = dict(zip(self._places, found, strict=True))
+        tangents = []
+        for place, like in enumerate(self._like):
+            tangent = moved.get(place)
+            tangents.append(torch.zeros_like(like) if tangent is None else tangent)
+        return tangents
 
 
 class LinearisedUpdate:
@@ -46,12 +83,7 @@ class LinearisedUpdate:
             iterate.with_leaves(self._leaves), {name: self._gradients.get(name) for name in gradients}, self._meta
         )
         outputs = following.leaves()
-        self._outputs = [output for output in outputs if output.requires_grad]
-        self._places = [place for place, output in enumerate(outputs) if output.requires_grad]
-        self._dummies = [torch.zeros_like(output, requires_grad=True) for output in self._outputs]
-        inputs = [*self._leaves, *self._gradients.values(), *self._meta.values()]
-        pulled = torch.autograd.grad(self._outputs, inputs, self._dummies, create_graph=True, allow_unused=True)
-        self._pulled = dict(enumerate(pulled))
+        self._jacobian = Jacobian(outputs, [*self._leaves, *self._gradients.values(), *self._meta.values()])
         self.following = following.with_leaves([output.detach() for output in outputs])
 
     def along(
@@ -70,21 +102,4 @@ class LinearisedUpdate:
         directions: list[Tensor | None] = list(leaves) if leaves is not None else [None] * len(self._leaves)
         directions += [gradients.get(name) for name in self._gradients]
         directions += [meta_parameters.get(name) for name in self._meta]
-        pairs = []
-        for place, direction in enumerate(directions):
-            pulled = self._pulled[place]
-            if direction is not None and pulled is not None and pulled.requires_grad:
-                pairs.append((pulled, direction))
-        found = torch.autograd.grad(
-            [pulled for pulled, _ in pairs],
-            self._dummies,
-            [direction for _, direction in pairs],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        moved = dict(zip(self._places, found, strict=True))
-        tangents = []
-        for place, leaf in enumerate(self.following.leaves()):
-            tangent = moved.get(place)
-            tangents.append(torch.zeros_like(leaf) if tangent is None else tangent)
-        return tangents
+        return self._jacobian.along(directions)

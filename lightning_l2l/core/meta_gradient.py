@@ -10,7 +10,7 @@ from torchopt.base import GradientTransformation
 
 from lightning_l2l.core import estimators
 from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.inner_step import InnerStep, Iterate, Loss
+from lightning_l2l.core.inner_step import InnerStep, Iterate, Loss, twice_differentiable
 from lightning_l2l.core.objectives import Objective, check_objective
 from lightning_l2l.core.plan import choose_estimator
 from lightning_l2l.core.random_state import RandomState
@@ -168,8 +168,9 @@ def _estimate(
     reason: str,
     particles: Particles | None,
 ) -> MetaGradient:
-    if name in _SAMPLED:
-        result, _ = _SAMPLED[name](step, start, batches, meta_batch, objective, reason, particles)
-    else:
-        result, _ = _EXACT[name](step, start, batches, meta_batch, objective, reason)
+    with twice_differentiable():  # once for all evaluations
+        if name in _SAMPLED:
+            result, _ = _SAMPLED[name](step, start, batches, meta_batch, objective, reason, particles)
+        else:
+            result, _ = _EXACT[name](step, start, batches, meta_batch, objective, reason)
     return result

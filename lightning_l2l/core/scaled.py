@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_l2l.core.neighbours import mapped, merged
+
 # Below this exponent the tensors are left small: 2**100 is still a float32 number, its inverse too.
 _SMALLEST_EXPONENT = -100.0
 
@@ -25,20 +27,23 @@ def largest_exponent(tensors: Sequence[Tensor]) -> Tensor:
         >>> largest_exponent([torch.tensor([0.3, -9.0])])
         tensor(3., dtype=torch.float64)
     """
-    # A tensor without elements has no maximum norm.
-    norms = torch._foreach_norm([tensor.detach() for tensor in tensors if tensor.numel()], math.inf)
-    if not norms:
+    # Not a maximum norm: that one is not vectorised (torch 2.13, CPU), fourteen times slower than the extrema.
+    vectors = merged([tensor.detach() for tensor in tensors])
+    extrema = [end.double() for vector in vectors if vector.numel() for end in torch.aminmax(vector)]
+    if not extrema:
         return torch.zeros((), dtype=torch.float64)
-    exponent = torch.stack([norm.double() for norm in norms]).amax().log2().floor()
+    exponent = torch.stack(extrema).abs().amax().log2().floor()
     return torch.where(exponent.isfinite(), exponent, 0.0)
 
 
 def multiply(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """Each tensor times a 0-dim factor, in the tensor's own dtype."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) == 1:
-        return list(torch._foreach_mul(list(tensors), factor.to(dtypes.pop())))
-    return [tensor * factor.to(tensor.dtype) for tensor in tensors]
+
+    def times_factor(vectors: list[Tensor]) -> Sequence[Tensor]:
+        factors = {dtype: factor.to(dtype) for dtype in {vector.dtype for vector in vectors}}
+        return [vector * factors[vector.dtype] for vector in vectors]
+
+    return mapped([tensor.detach() for tensor in tensors], times_factor)
 
 
 @dataclass(frozen=True)

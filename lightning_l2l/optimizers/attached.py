@@ -83,3 +83,22 @@ def slots_of(inner: InnerOptimizer, per: Per) -> tuple[str, ...]:
 
 def _rules() -> dict[str, Rule]:
     return {cls.__name__: inner_optimizer(cls).rule for cls in _CLASSES}
+
+
+def rearranged(offset: torch.nn.Parameter | None, source: list[int | None]) -> torch.nn.Parameter:
+    """The offsets of a changed list of slots, in place where there were some.
+
+    Args:
+        offset: The offsets until now.
+        source: For each slot the position of its offset until now; ``None`` for a new slot.
+    """
+    if offset is None:
+        return torch.nn.Parameter(torch.zeros(len(source), dtype=torch.float64))
+    if source != list(range(len(offset))):
+        old = offset.detach()
+        new = old.new_zeros(len(source))
+        for index, position in enumerate(source):
+            if position is not None:
+                new[index] = old[position]
+        offset.data, offset.grad = new, None
+    return offset

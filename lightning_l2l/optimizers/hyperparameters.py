@@ -16,9 +16,10 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.core.inner import InnerOptimizer
-from lightning_l2l.optimizers.attached import Per, described, rebuilt, slots_of
-from lightning_l2l.optimizers.base import LearnedOptimizer
-from lightning_l2l.optimizers.parametrisation import PARAMETRISATIONS, Parametrisation
+from lightning_l2l.core.inner.dual import Dual
+from lightning_l2l.optimizers.attached import Per, described, rearranged, rebuilt, slots_of
+from lightning_l2l.optimizers.base import Direction, LearnedOptimizer
+from lightning_l2l.optimizers.parametrisation import PARAMETRISATIONS, parametrisations
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,7 +77,7 @@ class LearnedHyperparameters(LearnedOptimizer):
         if per not in ("optimizer", "group", "tensor"):
             raise ValueError(f"per must be 'optimizer', 'group' or 'tensor', got {per!r}.")
         self.per: Per = per
-        self._learned = _parametrisations(learn, bounds or {})
+        self._learned = parametrisations(learn, bounds or {})
         self._inner: InnerOptimizer | None = None
         self._slots: tuple[str, ...] | None = None
         for name in self._learned:
@@ -112,19 +113,47 @@ class LearnedHyperparameters(LearnedOptimizer):
                 how.refuse(name, [group.hyperparameters for group in inner.groups])
         sources = {name: self._sources(name, slots) for name in self._learned}
         for name, source in sources.items():
-            self._parameters[name] = _rearranged(self._parameters[name], source)
+            self._parameters[name] = rearranged(self._parameters[name], source)
         self._inner, self._slots = inner, slots
         return self
 
     def transformation(self) -> GradientTransformation:
         """The attached optimizer with the learned values in place; differentiable in the meta-parameters."""
+        return self._attached().transformation(self._group_values([self._cells(n).unbind() for n in self._learned]))
+
+    def dual_step(
+        self, parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: Any, directions: Sequence[Direction]
+    ) -> tuple[dict[str, Any], Any] | None:
+        """The attached optimizer's step over dual numbers, if its rule has them."""
         inner = self._attached()
-        values: list[dict[str, Any]] = [{} for _ in inner.groups]
-        for name, how in self._learned.items():
-            cells = iter(self._cells(name).unbind())
-            for group, found in zip(inner.groups, values, strict=True):
-                found[how.key] = self._of_group(group.names, cells)
-        return inner.transformation(values)
+        if not inner.rule.dual_numbers:
+            return None
+        cells = [self._dual_cells(name, directions) for name in self._learned]
+        return inner.step(self._group_values(cells), parameters, gradients, state)
+
+    def _dual_cells(self, name: str, directions: Sequence[Direction]) -> list[Dual]:
+        """The values of one hyperparameter; a tangent only where its own offset moves."""
+        offset = self.get_parameter(name).detach().double()
+        ones = torch.ones_like(offset)
+        # The derivative of every value by its own offset, and then for each direction the one entry that it moves.
+        duals = self._values_at(name, Dual(offset, (ones,)))
+        assert duals.tangents[0] is not None
+        cells = []
+        for index, (value, slope) in enumerate(zip(duals.value.unbind(), duals.tangents[0].unbind(), strict=True)):
+            # With per="optimizer" one offset stands for all the values.
+            place = index if len(offset) > 1 else 0
+            cells.append(Dual(value, [slope * by if (to, at) == (name, place) else None for to, at, by in directions]))
+        return cells
+
+    def _group_values(self, cells: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+        """For each group the learned values by ``torch.optim``'s keys, from all values of each hyperparameter."""
+        groups = self._attached().groups
+        values: list[dict[str, Any]] = [{} for _ in groups]
+        for how, of_all in zip(self._learned.values(), cells, strict=True):
+            rest = iter(of_all)
+            for group, found in zip(groups, values, strict=True):
+                found[how.key] = self._of_group(group.names, rest)
+        return values
 
     @property
     def scale_equivariant(self) -> bool:
@@ -156,12 +185,10 @@ class LearnedHyperparameters(LearnedOptimizer):
             (``betas``), or, with ``per="tensor"``, to a dictionary from parameter names to those.
         """
         inner = self._attached()
-        values: list[dict[str, Any]] = [{} for _ in inner.groups]
-        for name, how in self._learned.items():
-            # Rounding may leave a value one bit outside [0, 1).
-            cells = iter([how.nearest(value) for value in self._cells(name).tolist()])
-            for group, found in zip(inner.groups, values, strict=True):
-                found[how.key] = self._of_group(group.names, cells)
+        # Rounding may leave a value one bit outside [0, 1).
+        values = self._group_values(
+            [[how.nearest(value) for value in self._cells(name).tolist()] for name, how in self._learned.items()]
+        )
         for group, found in zip(inner.groups, values, strict=True):
             if "beta1" in found or "beta2" in found:
                 betas = [found.pop(key, group.hyperparameters[key]) for key in ("beta1", "beta2")]
@@ -209,9 +236,12 @@ class LearnedHyperparameters(LearnedOptimizer):
 
     def _cells(self, name: str) -> Tensor:
         """The values of one hyperparameter: one for each group, or for each tensor with ``per="tensor"``."""
-        how = self._learned[name]
         # getattr, not a stored reference: functional_call puts other tensors in this place.
-        offset: Tensor = getattr(self, name).double()
+        cells: Tensor = self._values_at(name, getattr(self, name).double())
+        return cells
+
+    def _values_at(self, name: str, offset: Any) -> Any:
+        how = self._learned[name]
         counts = [len(group.names or ()) if self.per == "tensor" else 1 for group in self._attached().groups]
         bases = [
             float(group.hyperparameters[how.key])
@@ -249,40 +279,6 @@ class LearnedHyperparameters(LearnedOptimizer):
             if saved is not None and self._parameters[name] is None:
                 self._parameters[name] = torch.nn.Parameter(torch.zeros_like(saved))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _parametrisations(learn: Sequence[str], bounds: Mapping[str, tuple[float, float]]) -> dict[str, Parametrisation]:
-    if isinstance(learn, str):
-        learn = (learn,)
-    names = [name for given in learn for name in (("beta1", "beta2") if given == "betas" else (given,))]
-    limits = dict(bounds)
-    if "betas" in limits:
-        limits["beta1"] = limits["beta2"] = limits.pop("betas")
-    for name in names:
-        if name not in PARAMETRISATIONS:
-            raise ValueError(
-                f"There is no hyperparameter {name!r} to learn. Choose from {', '.join(PARAMETRISATIONS)} and betas."
-            )
-    if not names:
-        raise ValueError("learn is empty: name at least one hyperparameter, for example 'learning_rate'.")
-    for name in limits:
-        if name not in names:
-            raise ValueError(f"Bounds are given for {name!r}, which is not among what is learned: {names}.")
-    found = {name: PARAMETRISATIONS[name] for name in names}
-    return {name: how.with_bounds(name, *limits[name]) if name in limits else how for name, how in found.items()}
-
-
-def _rearranged(offset: torch.nn.Parameter | None, source: list[int | None]) -> torch.nn.Parameter:
-    if offset is None:
-        return torch.nn.Parameter(torch.zeros(len(source), dtype=torch.float64))
-    if source != list(range(len(offset))):
-        old = offset.detach()
-        new = old.new_zeros(len(source))
-        for index, position in enumerate(source):
-            if position is not None:
-                new[index] = old[position]
-        offset.data, offset.grad = new, None
-    return offset
 
 
 def _paired(beta1: Any, beta2: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,3 +172,29 @@ PARAMETRISATIONS: dict[str, Parametrisation] = {
     "weight_decay": Positive("weight_decay", 1e-12, 1e4),
     "eps": Positive("eps", 1e-20, 1e2),
 }
+
+
+def parametrisations(learn: Sequence[str], bounds: Mapping[str, tuple[float, float]]) -> dict[str, Parametrisation]:
+    """What the user named, with the user's bounds.
+
+    Raises:
+        ValueError: An unknown name, nothing to learn, or bounds of something else.
+    """
+    if isinstance(learn, str):
+        learn = (learn,)
+    names = [name for given in learn for name in (("beta1", "beta2") if given == "betas" else (given,))]
+    limits = dict(bounds)
+    if "betas" in limits:
+        limits["beta1"] = limits["beta2"] = limits.pop("betas")
+    for name in names:
+        if name not in PARAMETRISATIONS:
+            raise ValueError(
+                f"There is no hyperparameter {name!r} to learn. Choose from {', '.join(PARAMETRISATIONS)} and betas."
+            )
+    if not names:
+        raise ValueError("learn is empty: name at least one hyperparameter, for example 'learning_rate'.")
+    for name in limits:
+        if name not in names:
+            raise ValueError(f"Bounds are given for {name!r}, which is not among what is learned: {names}.")
+    found = {name: PARAMETRISATIONS[name] for name in names}
+    return {name: how.with_bounds(name, *limits[name]) if name in limits else how for name, how in found.items()}

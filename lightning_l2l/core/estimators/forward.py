@@ -7,7 +7,7 @@ horizon. Cost: one Hessian-vector product (about two gradients) per step and sca
 
 The Hessian-vector product is a second reverse pass, not forward-mode differentiation of the loss: it supports every
 operation that has a second derivative, works under autocast, and costs less. So is the derivative of the update rule
-(:mod:`lightning_l2l.core.linearised_update`).
+(:mod:`lightning_l2l.core.update_derivative`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.core.inner_step import InnerStep, Iterate
-from lightning_l2l.core.linearised_update import LinearisedUpdate
 from lightning_l2l.core.objectives import Objective
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.scaled import ScaledVector, inner_product, largest_exponent, log2_norm
 from lightning_l2l.core.tally import Tally, rate_per_step
+from lightning_l2l.core.update_derivative import Movement, moved_along
 
 # (name of the meta-parameter, flat index of the scalar in it)
 Direction = tuple[str, int]
@@ -104,18 +104,20 @@ def advance(
     """
     moving = any(tangent is not None for tangent in tangents)
     gradients = step.gradients(loss, iterate, create_graph=step.second_order and moving)
-    update = LinearisedUpdate(step, iterate, gradients, meta)
     zero = torch.zeros((), dtype=torch.float64, device=loss.device)
-    moved: list[ScaledVector | None] = []
-    for index, ((name, place), tangent) in enumerate(zip(directions, tangents, strict=True)):
-        curvature = _hessian_vector_product(step, iterate, gradients, tangent, index < len(directions) - 1)
-        exponent = zero if tangent is None else tangent.exponent
-        # The tangents are mantissas; the unit step of the meta-parameter is brought to the same exponent.
-        unit = torch.zeros_like(meta[name])
-        unit.view(-1)[place] = torch.exp2(-exponent)
-        leaves = update.along(None if tangent is None else tangent.tensors, curvature, {name: unit})
-        moved.append(ScaledVector.of(leaves, exponent))
-    return update.following.fresh(), moved
+    exponents = [zero if tangent is None else tangent.exponent for tangent in tangents]
+    movements = [
+        Movement(
+            None if tangent is None else tangent.tensors,
+            _hessian_vector_product(step, iterate, gradients, tangent, index < len(directions) - 1),
+            direction,
+            # The tangents are mantissas; the unit step of the meta-parameter is brought to the same exponent.
+            torch.exp2(-exponent),
+        )
+        for index, (direction, tangent, exponent) in enumerate(zip(directions, tangents, exponents, strict=True))
+    ]
+    following, moved = moved_along(step, iterate, gradients, meta, movements)
+    return following.fresh(), [ScaledVector.of(m, exponent) for m, exponent in zip(moved, exponents, strict=True)]
 
 
 def rescale(

@@ -45,4 +45,5 @@ ADAGRAD = Rule(
     },
     learnable=("lr", "lr_decay", "eps", "weight_decay"),
     elementwise=True,
+    dual_numbers=True,
 )

@@ -18,6 +18,7 @@ from lightning_l2l.core.inner.rule import (
     decoupled_decay,
     entry,
     interpolate,
+    is_tensor,
     oriented,
     square_root,
     times,
@@ -26,7 +27,7 @@ from lightning_l2l.core.inner.rule import (
 
 def _product(product: Number, momentum: Number) -> Number:
     """The product of all momenta, rounded as ``torch.optim`` does: float32 even for float64 parameters."""
-    if isinstance(product, Tensor) or isinstance(momentum, Tensor):
+    if is_tensor(product) or is_tensor(momentum):
         # Learned betas: the exact product, as a rounded one would have no smooth derivative.
         return product * momentum
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -72,4 +73,5 @@ NADAM = Rule(
     },
     learnable=("lr", "beta1", "beta2", "eps", "weight_decay"),
     elementwise=True,
+    dual_numbers=True,
 )

@@ -18,6 +18,7 @@ from lightning_l2l.core.inner.rule import (
     decoupled_decay,
     entry,
     interpolate,
+    is_tensor,
     oriented,
     square_root,
     times,
@@ -55,7 +56,7 @@ def _update(
     longest, length = _window(beta2, step)
     denominator = square_root(square) + coefficient(hyperparameters["eps"], square)
     correction = 1 - beta2**step
-    if isinstance(length, Tensor) and isinstance(longest, Tensor):
+    if is_tensor(length) and is_tensor(longest):
         # Both branches are computed: the one not taken gets harmless lengths, or zero times infinity is NaN.
         tractable = length > _TRACTABLE
         ratio = _rectification(torch.where(tractable, longest, 9.0), torch.where(tractable, length, 9.0))
@@ -81,4 +82,5 @@ RADAM = Rule(
     },
     learnable=("lr", "beta1", "beta2", "eps", "weight_decay"),
     elementwise=True,
+    dual_numbers=True,
 )

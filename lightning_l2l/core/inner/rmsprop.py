@@ -55,4 +55,5 @@ RMSPROP = Rule(
     },
     learnable=("lr", "alpha", "eps", "weight_decay", "momentum"),
     elementwise=True,
+    dual_numbers=True,
 )

@@ -48,6 +48,7 @@ SGD = Rule(
     },
     learnable=("lr", "momentum", "dampening", "weight_decay"),
     elementwise=True,
+    dual_numbers=True,
     # Linear in all three, whatever the hyperparameters.
     scale_equivariant=always,
 )

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from lightning_l2l.core.inner.rule import Rule, State
-
-# In elements. Larger tensors gain nothing from being concatenated, they only pay the copy; a larger concatenation
-# leaves the cache. Measured on one CPU core, 100 to 500 tensors, with and without a graph.
-_LARGEST_CONCATENATED = 16_384
-_LARGEST_CONCATENATION = 262_144
+from lightning_l2l.core.inner.concatenation import buckets, updated
+from lightning_l2l.core.inner.rule import Rule
 
 GroupValues = Mapping[str, "Tensor | Mapping[str, Tensor]"]
 
@@ -109,24 +104,47 @@ class InnerOptimizer:
         ) -> tuple[dict[str, Tensor | None], dict[str, dict[str, Any]]]:
             if params is None:
                 raise ValueError("The update needs the parameters themselves: pass params=... to update().")
-            deltas: dict[str, Tensor | None] = dict.fromkeys(params)
-            new_state = dict(state)
-            for group, replacement in zip(self.groups, replacements, strict=True):
-                settings = {**self.rule.defaults, **group.hyperparameters, **replacement}
-                for names in _buckets(self.rule, _members(group, params), params, updates, state):
-                    moved = _updated(
-                        self.rule,
-                        settings,
-                        names,
-                        [params[name] for name in names],
-                        [updates[name] for name in names],
-                        [state.get(name, {}) for name in names],
-                    )
-                    for name, (delta, entries) in zip(names, moved, strict=True):
-                        deltas[name], new_state[name] = delta, entries
-            return deltas, new_state
+            return self._moved(replacements, params, updates, state, apply=False)
 
         return GradientTransformation(init, update)
+
+    def step(
+        self, values: Sequence[GroupValues], parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: Any
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """The parameters after one step, and the new state: :meth:`transformation`'s update, already applied.
+
+        Every tensor may be a :class:`~lightning_l2l.core.inner.dual.Dual`, if the rule has ``dual_numbers``; then the
+        results are.
+
+        Args:
+            values: As in :meth:`transformation`.
+            parameters: By name.
+            gradients: By name; without one a parameter stays.
+            state: By name.
+        """
+        moved, new_state = self._moved(self._checked(values), parameters, gradients, state, apply=True)
+        return {name: parameters[name] if new is None else new for name, new in moved.items()}, new_state
+
+    def _moved(
+        self, replacements: Sequence[GroupValues], parameters: Any, gradients: Any, state: Any, *, apply: bool
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        results: dict[str, Any] = dict.fromkeys(parameters)
+        new_state = dict(state)
+        for group, replacement in zip(self.groups, replacements, strict=True):
+            settings = {**self.rule.defaults, **group.hyperparameters, **replacement}
+            for names in buckets(self.rule, _members(group, parameters), parameters, gradients, state):
+                moved = updated(
+                    self.rule,
+                    settings,
+                    names,
+                    [parameters[name] for name in names],
+                    [gradients[name] for name in names],
+                    [state.get(name, {}) for name in names],
+                    apply=apply,
+                )
+                for name, (result, entries) in zip(names, moved, strict=True):
+                    results[name], new_state[name] = result, entries
+        return results, new_state
 
     def _checked(self, values: Sequence[GroupValues] | None) -> Sequence[GroupValues]:
         if values is None:
@@ -147,120 +165,3 @@ def _members(group: ParameterGroup, parameters: Mapping[str, Tensor]) -> Iterabl
     if group.names is None:
         return parameters
     return [name for name in group.names if name in parameters]
-
-
-def _buckets(
-    rule: Rule,
-    names: Iterable[str],
-    parameters: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor | None],
-    state: Mapping[str, Mapping[str, Any]],
-) -> list[list[str]]:
-    """Parameters with a gradient, those together that can be updated as one vector."""
-    found: dict[Hashable, list[str]] = {}
-    for name in names:
-        gradient = gradients.get(name)
-        if gradient is None:
-            continue
-        parameter = parameters[name]
-        key: Hashable = name
-        if rule.elementwise and parameter.numel() <= _LARGEST_CONCATENATED:
-            entries = state.get(name, {}).items()
-            # Python numbers (the step) must agree, tensors only in dtype.
-            kinds = tuple([(k, v.dtype if isinstance(v, Tensor) else v) for k, v in entries])
-            key = (parameter.dtype, gradient.dtype, gradient.layout, parameter.device, kinds)
-        found.setdefault(key, []).append(name)
-    for first, *_ in found.values():
-        _refuse_unsupported(first, parameters[first], gradients[first])
-    return [part for bucket in found.values() for part in _portions(bucket, parameters)]
-
-
-def _portions(names: list[str], parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """The bucket in pieces that stay in the cache, and small enough for the allocator to reuse their memory."""
-    portion: list[str] = []
-    elements = 0
-    for name in names:
-        size = parameters[name].numel()
-        if portion and elements + size > _LARGEST_CONCATENATION:
-            yield portion
-            portion, elements = [], 0
-        portion.append(name)
-        elements += size
-    yield portion
-
-
-def _refuse_unsupported(name: str, parameter: Tensor, gradient: Tensor | None) -> None:
-    if parameter.is_complex():
-        raise TypeError(
-            f"Parameter {name!r} is complex. The meta-gradient of a complex parameter is not defined here: "
-            "hold its real and imaginary part (torch.view_as_real) as the parameter."
-        )
-    if gradient is not None and gradient.layout != torch.strided:
-        raise TypeError(
-            f"The gradient of {name!r} is sparse, and sparse updates have no derivative in torch. Build the "
-            "embedding with sparse=False."
-        )
-
-
-def _updated(
-    rule: Rule,
-    settings: Mapping[str, Any],
-    names: Sequence[str],
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    states: Sequence[Mapping[str, Any]],
-) -> list[tuple[Tensor, State]]:
-    """One update of tensors of a kind, as one vector: the cost of the arithmetic is that of a single tensor."""
-    if len(names) == 1:
-        return [rule.update(parameters[0], gradients[0], states[0], _of_tensor(settings, names[0]))]
-    sizes = [parameter.numel() for parameter in parameters]
-    flat = _concatenated(parameters)
-    joint: dict[str, Any] = {}
-    for key, value in states[0].items():
-        entries = [state[key] for state in states]
-        joint[key] = _concatenated(_expanded(entries, parameters)) if isinstance(value, Tensor) else value
-    delta, joint = rule.update(flat, _concatenated(gradients), joint, _of_elements(settings, names, sizes, flat))
-
-    separated: list[State] = [{} for _ in names]
-    for key, value in joint.items():
-        split = isinstance(value, Tensor) and value.shape == flat.shape
-        parts = _separated(value, sizes, parameters) if split else [value] * len(names)
-        for own, part in zip(separated, parts, strict=True):
-            own[key] = part
-    return list(zip(_separated(delta, sizes, parameters), separated, strict=True))
-
-
-def _of_tensor(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Hyperparameters for one tensor."""
-    return {key: value[name] if isinstance(value, Mapping) else value for key, value in settings.items()}
-
-
-def _of_elements(
-    settings: Mapping[str, Any], names: Sequence[str], sizes: Sequence[int], flat: Tensor
-) -> dict[str, Any]:
-    """Hyperparameters for a concatenation: those that differ between tensors as one value for each element."""
-    found = dict(settings)
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            counts = torch.tensor(sizes, device=flat.device)
-            values = torch.stack([value[name] for name in names]).to(flat.device)
-            found[key] = values.repeat_interleave(counts, output_size=flat.numel())
-    return found
-
-
-def _expanded(entries: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    # A 0-dim entry of a larger parameter (NAdam's product of learned momenta, which lives where they do) holds
-    # for all its elements.
-    pairs = zip(entries, like, strict=True)
-    return [e if e.shape == tensor.shape else e.to(tensor.device).expand(tensor.shape) for e, tensor in pairs]
-
-
-def _concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _separated(flat: Tensor, sizes: list[int], like: Sequence[Tensor]) -> list[Tensor]:
-    # One split is one node in the graph; slices would each make a zero tensor of full size going backward.
-    parts = torch.split(flat, sizes)
-    # view_as, since view(shape) spends three times as long on parsing the shape.
-    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
