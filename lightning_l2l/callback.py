@@ -11,13 +11,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2l.core.initial_search import SearchResult
-from lightning_l2l.core.meta_gradient import Estimator
 from lightning_l2l.core.objectives import Objective
 from lightning_l2l.host.refusals import refuse_module, refuse_optimizer, refuse_second_learned, refuse_strategy
 from lightning_l2l.host.report import as_record, by_group, log, logged_values, search_message
 from lightning_l2l.host.saved_state import VERSION, check_saved
 from lightning_l2l.host.session import Session
-from lightning_l2l.host.settings import Settings, check_learned
+from lightning_l2l.host.settings import HostEstimator, Settings, check_learned
 from lightning_l2l.host.trainer import live_optimizer
 from lightning_l2l.optimizers import LearnedOptimizer, LearnedStepSize, LearnedTorchOptimizer
 
@@ -55,7 +54,10 @@ class LearnToLearn(pl.Callback):
         meta_data: What the meta-objective is evaluated on: the Trainer's (first) validation loader (``"val"``),
             training batches (``"train"``), or a loader of batches that your ``training_step`` can take. Data that you
             report results on should be none of these.
-        estimator: How the meta-gradient is computed; see :func:`lightning_l2l.meta_gradient`.
+        estimator: How the meta-gradient is computed. ``"live"``: along the training steps themselves, at two thirds of
+            the cost; what a look-ahead would say ``unroll_steps`` ago. The others look ahead on a copy, see
+            :func:`lightning_l2l.meta_gradient`. ``"auto"``: live for one or two numbers to learn, where the module's
+            own graph can be differentiated twice unnoticed (no compiled code, fused attention or backward hooks).
         meta_learning_rate: The most that the logarithm of a rate falls in one meta-update, roughly (a rise is a
             quarter as long; see :class:`~lightning_l2l.core.meta_optimizer.MetaOptimizer`); 0 only observes.
         initial_search: Start from a rate found by a range test, whatever the optimizer was given.
@@ -63,6 +65,8 @@ class LearnToLearn(pl.Callback):
             and at most 160 steps). Where a candidate gets fewer than about ten steps, it sees little: raise this for
             a short training.
         seed: Seed of everything that the callback draws; it never touches the global random numbers.
+        carry: With the live estimator, the part of a window's tangent that the next window starts with: a longer memory
+            for one more Hessian-vector product per window.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -83,11 +87,12 @@ class LearnToLearn(pl.Callback):
         every_n_steps: int = 20,
         objective: Objective = "log",
         meta_data: Literal["val", "train"] | Iterable[Any] = "val",
-        estimator: Estimator = "auto",
+        estimator: HostEstimator = "auto",
         meta_learning_rate: float = 0.4,
         initial_search: bool = True,
         search_budget: float = 0.05,
         seed: int = 0,
+        carry: float = 0.0,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -102,6 +107,7 @@ class LearnToLearn(pl.Callback):
             initial_search,
             search_budget,
             seed,
+            carry,
         )
         self._given = learned
         self._template = learned if learned is not None else LearnedStepSize(per="group")
@@ -166,9 +172,9 @@ class LearnToLearn(pl.Callback):
         if session.has_unfinished_step:  # resumed from a checkpoint that was saved before our on_train_batch_end
             self._finish_step()
         session.applied.refresh()
-        session.remember(batch, batch_idx)
+        session.source.see_batch(batch, batch_idx)
         if not session.opens_late:
-            session.rehearse()
+            session.source.rehearse()
 
     def on_before_zero_grad(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -176,7 +182,11 @@ class LearnToLearn(pl.Callback):
         """Do what was put off until the module's own hooks have run."""
         if self._running.opens_late:
             self._search()
-            self._running.rehearse()
+            self._running.source.rehearse()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Let the live estimator see the loss before its graph is used up."""
+        self._running.source.see_loss(loss)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -185,6 +195,7 @@ class LearnToLearn(pl.Callback):
         applied = self._running.applied
         applied.refresh()
         self.learning_rates = applied.learning_rates
+        self._running.source.before_step()
         applied.split()
 
     def on_train_batch_end(
@@ -193,7 +204,7 @@ class LearnToLearn(pl.Callback):
         """Log the rate that was applied; when it is time, ask for the meta-gradient and apply it."""
         session = self._running
         if not outputs:
-            session.forget_skipped()
+            session.source.skip_batch()
         if session.has_unfinished_step:
             rates = by_group("learning_rate", self.learning_rates, live_optimizer(trainer).param_groups)
             log(trainer, pl_module, rates, prog_bar=True)

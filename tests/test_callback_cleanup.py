@@ -17,6 +17,7 @@ from lightning_l2l import LearnedStepSize, LearnToLearn
 from lightning_l2l.host import applied as applied_module
 from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.session import Session
+from lightning_l2l.host.source import MetaGradientSource
 
 HOOKS = [name for name in vars(LearnToLearn) if name.startswith("on_")]
 HOOKS = [name for name in HOOKS if name not in ("on_exception", "on_load_checkpoint")]
@@ -122,7 +123,9 @@ def test_nothing_is_left_after_an_exception_in_any_of_our_hooks(
 
 
 STAGES = [
-    (Session, "remember"), (Session, "rehearse"), (Session, "finish_step"), (Session, "search"),
+    (MetaGradientSource, "see_batch"), (MetaGradientSource, "rehearse"), (MetaGradientSource, "see_loss"),
+    (MetaGradientSource, "before_step"), (MetaGradientSource, "after_step"), (Session, "finish_step"),
+    (Session, "search"),
     (Session, "state_dict"),
     (LookAhead, "__init__"), (LookAhead, "held_out"), (LookAhead, "meta_gradient"),
     (applied_module.AppliedValues, "split"), (applied_module.AppliedValues, "_write"),

@@ -80,7 +80,7 @@ def test_a_step_may_take_the_batch_alone_and_may_skip_some(trainer: Any) -> None
         def training_step(self, batch: Any) -> Any:
             return None if self.global_step == 4 else self.loss(batch)
 
-    callback = learner()
+    callback = learner(estimator="forward")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning warns about the None
         trainer(callback).fit(Skips(), **loaders())
@@ -186,7 +186,7 @@ def test_transfer_hooks_of_a_datamodule_see_held_out_batches_as_validation(
         return original(self, windows, judge)
 
     monkeypatch.setattr(LookAhead, "meta_gradient", noting)
-    data, callback = Moves(), learner()
+    data, callback = Moves(), learner(estimator="forward")
     trainer(callback).fit(Plain(), data)
     raw = examples(24, seed=1).tensors[0]
     assert len(judged) == 5
@@ -250,5 +250,7 @@ def test_reloaded_validation_data_is_what_is_judged_by(trainer: Any, monkeypatch
         return original(self, windows, judge)
 
     monkeypatch.setattr(LookAhead, "meta_gradient", noting)
-    trainer(learner(every_n_steps=6), reload_dataloaders_every_n_epochs=1, max_epochs=3).fit(Reloads())
+    trainer(learner(every_n_steps=6, estimator="forward"), reload_dataloaders_every_n_epochs=1, max_epochs=3).fit(
+        Reloads()
+    )
     assert judged == [0, 0, 0, 1]  # the rehearsal; after epochs 0, 1, 2, before their validation reloads

@@ -89,7 +89,7 @@ def test_the_look_ahead_is_the_run_s_own_training(trainer: Any, monkeypatch: pyt
         return original(self, windows, judge)
 
     monkeypatch.setattr(LookAhead, "meta_gradient", asking)
-    callback = observer(every_n_steps=2)
+    callback = observer(every_n_steps=2, estimator="forward")
     trainer(asks, callback, precision="64-true", **options).fit(Plain(sgd(0.1, momentum=0.9)), **loaders())
     assert len(callback.history) == len(asks.expected) >= 2
     for record, expected in zip(callback.history, asks.expected, strict=True):
@@ -109,7 +109,7 @@ def test_an_accumulation_that_is_scheduled_is_followed(trainer: Any, monkeypatch
         return original(self, windows, judge)
 
     monkeypatch.setattr(LookAhead, "meta_gradient", noting)
-    callback = learner(every_n_steps=2)
+    callback = learner(every_n_steps=2, estimator="forward")
     trainer(GradientAccumulationScheduler({0: 1, 1: 4}), callback).fit(Plain(), **loaders())
     assert seen[1:] == [[(1, 1)] * 2] * 3 + [[(4, 4), (2, 4)]]  # 6 batches: the last window is short
 

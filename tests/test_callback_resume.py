@@ -55,10 +55,14 @@ class Deterministic(Plain):
 COSINE = lambda o: {"scheduler": lr_scheduler.CosineAnnealingLR(o, 40), "interval": "step"}  # noqa: E731
 CASES: dict[str, Any] = {
     "plain": ({}, {}, None),
+    "ahead": ({"estimator": "forward"}, {}, None),
+    "carried": ({"carry": 0.5}, {}, None),
     "search": ({"initial_search": True}, {}, None),
     "accumulate": ({"every_n_steps": 2}, {"accumulate_grad_batches": 2}, None),
     "schedule": ({}, {}, COSINE),
     "train": ({"meta_data": "train"}, {}, None),
+    "train ahead": ({"meta_data": "train", "estimator": "forward"}, {}, None),
+    "means": ({"objective": "log_mean"}, {"gradient_clip_val": 0.1}, None),
     "tensor": ({"learned": LearnedStepSize(per="tensor")}, {}, COSINE),
     "momentum": ({"learned": LearnedHyperparameters()}, {}, None),
 }

@@ -74,8 +74,9 @@ def test_compiled_children_are_looked_ahead_of_eagerly(trainer: Any, how: str) -
     found = []
     for make in (Compiled, Eager):
         torch.manual_seed(0)
-        callback = learner()
+        callback = learner(estimator="auto" if make is Compiled else "forward")
         trainer(callback).fit(make(), **loaders())
+        assert {record["diagnostics"]["estimator"] for record in callback.history} == {"forward"}
         found.append(learned_rates(callback))
     torch.compiler.reset()
     assert found[0] == pytest.approx(found[1], rel=1e-4)
@@ -106,7 +107,7 @@ def test_a_diverging_look_ahead_halves_the_rate_notes_it_and_warns_once(trainer:
             weight = self.net.weight
             return value + (weight - weight.detach() + 1e30).pow(3).sum() if unrolled and self.global_step else value
 
-    callback = learner(every_n_steps=4)
+    callback = learner(every_n_steps=4, estimator="forward")
     with pytest.warns(UserWarning, match="not finite") as caught:
         fitted = trainer(callback)
         fitted.fit(Explodes(), **loaders())

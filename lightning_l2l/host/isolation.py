@@ -142,14 +142,15 @@ def twice_differentiable_kernels(module: nn.Module) -> Iterator[None]:
     Attention is taken care of in the core. Compiled code: "does not currently support double backward" (torch 2.13).
     """
     with ExitStack() as stack:
-        if hasattr(module, "_compiler_ctx") or any(_is_compiled(child) for child in module.modules()):
+        if getattr(module, "_compiler_ctx", None) is not None or any(is_compiled(child) for child in module.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.cuda.is_initialized() and any(isinstance(child, nn.RNNBase) for child in module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether this very module runs compiled code."""
     # torch.compile(child) wraps it; child.compile() marks it.
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 

@@ -97,11 +97,16 @@ class LookAhead:
                 windows,
                 judge,
                 objective=self._settings.objective,
-                estimator=self._settings.estimator,
+                # Live steps are rehearsed, and stood in for, by the one that gives the same numbers.
+                estimator="forward" if self._settings.estimator == "live" else self._settings.estimator,
                 state=state,
                 buffers=buffers,
                 gradient_transformation=self._clipping(),
             )
+
+    def inner_step(self) -> InnerStep:
+        """A step of the run's training as the core takes it."""
+        return InnerStep(self._loss, self._learned, self._clipping())
 
     def factor_to(self, learning_rate: float) -> float:
         """What the learned rate of the first group has to be multiplied by so that it peaks at this rate."""
@@ -144,7 +149,7 @@ class LookAhead:
         parameters, buffers = owned_tensors(self._module, self._optimizer)
 
         def loss_after(windows: Sequence[Window], candidate: float) -> tuple[float, int]:
-            step = InnerStep(self._loss, self._learned, self._clipping())
+            step = self.inner_step()
             start = step.start(parameters, applied.unrolled()[1], buffers)
             meta = self._learned.scaled_rate(candidate / present)
             with invisible(self._trainer, self._module, self._settings.seed):

@@ -12,8 +12,7 @@ _KEYS = {
     "learned": dict,
     "meta_optimizer": dict,
     "applied": dict,
-    "windows": dict,
-    "drawn": int,
+    "source": dict,
     "steps_seen": int,
     "history": list,
 }

@@ -19,12 +19,12 @@ from lightning_l2l.core.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import hidden_attribute
-from lightning_l2l.host.look_ahead import LookAhead
+from lightning_l2l.host.live import WindowIncompleteError
 from lightning_l2l.host.report import MetaUpdate
 from lightning_l2l.host.settings import Settings
-from lightning_l2l.host.trainer import live_optimizer, overrides, planned_steps
-from lightning_l2l.host.training_step import StepSkippedError, joined
-from lightning_l2l.host.windows import RememberedWindows
+from lightning_l2l.host.source import MetaGradientSource
+from lightning_l2l.host.trainer import live_optimizer, overrides
+from lightning_l2l.host.training_step import StepSkippedError
 from lightning_l2l.optimizers import LearnedOptimizer, LearnedTorchOptimizer
 
 if TYPE_CHECKING:
@@ -61,15 +61,8 @@ class Session:
         self._learned = learned
         self._settings = settings
         saved = saved or {}
-        planned = planned_steps(trainer)
-        self._every = settings.every_n_steps
-        if planned < 2 * settings.every_n_steps:
-            self._every = max(1, int(planned) // 4)
-        self._windows = RememberedWindows(settings.unroll_steps + (settings.meta_data == "train"))
-        self._drawn: int = saved.get("drawn", 0)
         self._steps_seen: int = saved.get("steps_seen", trainer.global_step)
         self._searched = bool(saved) or trainer.global_step > 0 or not settings.initial_search
-        self._rehearsed = False
         # What the user's hooks set up is there at the end of the first training step, and not before.
         self.opens_late = any(overrides(module, hook) for hook in _HOOKS_BEFORE_A_STEP)
         optimizer = live_optimizer(trainer)
@@ -81,7 +74,9 @@ class Session:
             if saved:
                 self._refuse_other_shapes(saved, len(optimizer.param_groups))
                 self._meta_optimizer.load_state_dict(copy.deepcopy(saved["meta_optimizer"]))
-                self._windows.load_state_dict(saved["windows"], module.device)
+            self.source = MetaGradientSource(trainer, module, learned, self.applied, settings)
+            if saved:
+                self.source.load_state_dict(saved["source"])
         except (RuntimeError, ValueError, KeyError) as error:
             if not saved:
                 raise
@@ -91,7 +86,6 @@ class Session:
             ) from error
         for group in self._meta_optimizer.param_groups:
             group["lr"] = settings.meta_learning_rate
-        self.look_ahead = LookAhead(trainer, module, learned, self.applied, settings)
         self._cleanup = ExitStack()
         self._install(optimizer)
 
@@ -106,7 +100,7 @@ class Session:
         """The two places where the run has to know of the applied values: schedulers, and steps per tensor."""
         stepping = _StepsSchedulers(self._module.lr_scheduler_step, self.applied)
         self._cleanup.enter_context(hidden_attribute(self._module, "lr_scheduler_step", stepping))
-        joining = optimizer.register_step_post_hook(lambda *_: self.applied.join())
+        joining = optimizer.register_step_post_hook(lambda *_: self._after_step())
         self._cleanup.callback(joining.remove)
         self._cleanup.callback(self.applied.join)
 
@@ -123,40 +117,22 @@ class Session:
         if self._searched or isinstance(self.applied, LearnedInPlace):
             return None
         self._searched = True
-        result = self.look_ahead.search()
+        result = self.source.look_ahead.search()
         if isinstance(result, SearchResult) and result.learning_rate is not None:
             self.start_from(result.learning_rate)
         return result
 
     def start_from(self, learning_rate: float) -> None:
         """Make this the rate of the first group before its schedule, the others in proportion."""
-        values = self._learned.scaled_rate(self.look_ahead.factor_to(learning_rate))
+        values = self._learned.scaled_rate(self.source.look_ahead.factor_to(learning_rate))
         assert values is not None
         self._learned.set_(values)
         self._learned.project_()
         self.applied.refresh(force=True)
 
-    def rehearse(self) -> None:
-        """A look-ahead on the first batch, before the first real step, so that what fails fails now.
-
-        Two steps, since only the second one needs the second derivative.
-        """
-        if not self._rehearsed:
-            window = self._windows.unfinished()
-            judge = window if self._settings.meta_data == "train" else self.look_ahead.held_out(self._drawn)
-            self.look_ahead.meta_gradient([window, window], judge)
-            self._rehearsed = True
-
-    def remember(self, batch: Any, batch_index: int) -> None:
-        """A training batch passes; keep it, if the next meta-update will need it."""
-        to_go = self._every - self._trainer.global_step % self._every
-        if to_go <= self._windows.length or not self._rehearsed:
-            first = batch_index % self._trainer.accumulate_grad_batches == 0
-            self._windows.see(batch, batch_index, first=first)
-
-    def forget_skipped(self) -> None:
-        """The step returned ``None`` for the batch that was remembered last."""
-        self._windows.skip()
+    def _after_step(self) -> None:
+        self.applied.join()
+        self.source.after_step()
 
     def finish_step(self) -> MetaUpdate | None:
         """The optimizer has stepped: when it is time, ask for the meta-gradient and apply it.
@@ -165,32 +141,23 @@ class Session:
             What was done; ``None`` if it was not time.
         """
         self._steps_seen = self._trainer.global_step
-        self._windows.close(self._trainer.accumulate_grad_batches)
-        if self._steps_seen % self._every or not len(self._windows):
-            return None
         try:
-            result = self._meta_gradient()
+            result = self.source.finish_step()
         except StepSkippedError:
             note = "training_step returned None on a remembered or held-out batch: no meta-gradient, the rate was kept."
             return MetaUpdate(self._steps_seen, None, "skipped", note)
+        except WindowIncompleteError as error:
+            return MetaUpdate(self._steps_seen, None, "", str(error))
         except NegativeLossError as error:  # in the rehearsal it is refused; later it must not end the run
             return MetaUpdate(self._steps_seen, None, "negative", f"{error} No meta-gradient, the rate was kept.")
+        if result is None:
+            return None
         return self._apply(result)
 
     @property
     def has_unfinished_step(self) -> bool:
         """Whether the optimizer has stepped since :meth:`finish_step`."""
         return self._trainer.global_step != self._steps_seen
-
-    def _meta_gradient(self) -> MetaGradient:
-        windows = self._windows.last()
-        if self._settings.meta_data == "train":
-            *windows, last = windows if len(windows) > 1 else windows * 2
-            judge = joined([last])
-        else:
-            judge = self.look_ahead.held_out(self._drawn)
-            self._drawn += 1
-        return self.look_ahead.meta_gradient(windows, judge)
 
     def _apply(self, result: MetaGradient) -> MetaUpdate:
         trouble, note = "", ""
@@ -215,8 +182,7 @@ class Session:
             "learned": {name: tensor.detach().clone() for name, tensor in self._learned.state_dict().items()},
             "meta_optimizer": copy.deepcopy(self._meta_optimizer.state_dict()),
             "applied": self.applied.state_dict(),
-            "windows": self._windows.state_dict(),
-            "drawn": self._drawn,
+            "source": self.source.state_dict(),
             "steps_seen": self._steps_seen,
         }
 

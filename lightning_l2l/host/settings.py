@@ -6,11 +6,14 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning_l2l.core.meta_gradient import Estimator, check_estimator
 from lightning_l2l.core.objectives import Objective, check_objective
 from lightning_l2l.optimizers import LearnedOptimizer
+
+# The estimators of one unroll, and the one that unrolls nothing.
+HostEstimator = Estimator | Literal["live"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,12 @@ class Settings:
     every_n_steps: int
     objective: Objective
     meta_data: Any
-    estimator: Estimator
+    estimator: HostEstimator
     meta_learning_rate: float
     initial_search: bool
     search_budget: float
     seed: int
+    carry: float
 
     def __post_init__(self) -> None:
         """Check every argument, and make plain Python numbers of numpy's."""
@@ -43,7 +47,8 @@ class Settings:
             if not isinstance(getattr(self, name), str):
                 raise _wrong_type(self, name, "a name (a string)")
         check_objective(self.objective)
-        check_estimator(self.estimator)
+        if self.estimator != "live":
+            check_estimator(self.estimator)
         if isinstance(self.meta_data, str) and self.meta_data not in ("val", "train"):
             raise ValueError(f"LearnToLearn(meta_data={self.meta_data!r}) must be 'val', 'train' or a loader.")
         if not _is_loader(self.meta_data):
@@ -57,6 +62,11 @@ class Settings:
             raise ValueError(
                 f"LearnToLearn(search_budget={self.search_budget}) must be a fraction of the training in (0, 1]; "
                 "initial_search=False switches the search off."
+            )
+        if not 0 <= _number(self, "carry") <= 1:
+            raise ValueError(
+                f"LearnToLearn(carry={self.carry}) must be in [0, 1]: the part of a window's tangent that the next one "
+                "starts with; 0 for windows that know nothing of each other."
             )
         if not isinstance(self.initial_search, bool):
             raise _wrong_type(self, "initial_search", "True or False")

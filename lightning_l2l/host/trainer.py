@@ -28,6 +28,12 @@ def training_step_arguments(trainer: pl.Trainer, module: nn.Module, batch: Any, 
     return arguments
 
 
+def loss_scale(trainer: pl.Trainer) -> float:
+    """What the loss was multiplied by before the backward pass, in mixed half precision."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
 def accumulates(trainer: pl.Trainer) -> bool:
     """Whether the current micro-batch will not step the optimizer."""
     return bool(trainer.fit_loop.epoch_loop._should_accumulate())

@@ -13,7 +13,7 @@ operation that has a second derivative, works under autocast, and costs less. So
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def forward(
         The result, and the iterate that the unroll arrived at (for a homogeneous problem up to a factor).
     """
     meta = {name: tensor.detach() for name, tensor in step.learned.named_parameters() if tensor.requires_grad}
-    directions = [(name, index) for name, tensor in meta.items() for index in range(tensor.numel())]
+    directions = directions_of(meta)
     tally = Tally(objective, len(batches), step.homogeneity)
     iterate = start.fresh()
     tangents: list[ScaledVector | None] = [None] * len(directions)
@@ -68,19 +68,15 @@ def forward(
         if step.homogeneity is not None:
             iterate, tangents, log_scale = rescale(iterate, tangents, log_scale)
         if taken == 1 or taken == len(batches):
-            last_norm = _largest_norm(tangents) + log_scale / math.log(2.0)
+            last_norm = largest_norm(tangents) + log_scale / math.log(2.0)
             first_norm = last_norm if first_norm is None else first_norm
         if taken in tally.weights:
             meta_loss, gradients = step.judge(iterate, meta_batch)
             slope, exponent = tally.add(taken, meta_loss, log_scale)
-            for index, tangent in enumerate(tangents):
-                assert tangent is not None
-                product = inner_product(gradients, tangent.tensors[: len(gradients)])
-                slopes[index] = slopes[index] + slope * product * torch.exp2(tangent.exponent + exponent)
+            parts = slopes_along(gradients, tangents, slope, exponent)
+            slopes = [total + part for total, part in zip(slopes, parts, strict=True)]
 
-    found = {name: torch.zeros_like(tensor) for name, tensor in meta.items()}
-    for (name, place), value in zip(directions, slopes, strict=True):
-        found[name].view(-1)[place] = value.to(found[name].dtype)
+    found = by_name(meta, directions, slopes)
     return tally.result("forward", reason, found, rate_per_step(first_norm, last_norm, len(batches) - 1)), iterate
 
 
@@ -104,20 +100,77 @@ def advance(
     """
     moving = any(tangent is not None for tangent in tangents)
     gradients = step.gradients(loss, iterate, create_graph=step.second_order and moving)
-    zero = torch.zeros((), dtype=torch.float64, device=loss.device)
+    last = len(directions) - 1
+    curvatures = [
+        hessian_vector_product(gradients, iterate.parameters, tangent, keep_graph=index < last)
+        if step.second_order
+        else dict.fromkeys(gradients)
+        for index, tangent in enumerate(tangents)
+    ]
+    return pushed(step, iterate, gradients, meta, directions, tangents, curvatures)
+
+
+def pushed(
+    step: InnerStep,
+    iterate: Iterate,
+    gradients: Mapping[str, Tensor | None],
+    meta: Mapping[str, Tensor],
+    directions: Sequence[Direction],
+    tangents: Sequence[ScaledVector | None],
+    curvatures: Sequence[Mapping[str, Tensor | None]],
+) -> tuple[Iterate, list[ScaledVector | None]]:
+    """The next iterate and its tangents, from gradients and their derivatives.
+
+    Args:
+        step: The inner training step.
+        iterate: The present iterate.
+        gradients: One for each parameter.
+        meta: The meta-parameters by name, detached.
+        directions: The scalars to differentiate by.
+        tangents: One for each direction; ``None`` stands for zero.
+        curvatures: For each direction the derivative of the gradients along the tangent (of its mantissas).
+    """
+    zero = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
     exponents = [zero if tangent is None else tangent.exponent for tangent in tangents]
     movements = [
-        Movement(
-            None if tangent is None else tangent.tensors,
-            _hessian_vector_product(step, iterate, gradients, tangent, index < len(directions) - 1),
-            direction,
-            # The tangents are mantissas; the unit step of the meta-parameter is brought to the same exponent.
-            torch.exp2(-exponent),
-        )
-        for index, (direction, tangent, exponent) in enumerate(zip(directions, tangents, exponents, strict=True))
+        # The tangents are mantissas; the unit step of the meta-parameter is brought to the same exponent.
+        Movement(None if tangent is None else tangent.tensors, curvature, direction, torch.exp2(-exponent))
+        for direction, tangent, exponent, curvature in zip(directions, tangents, exponents, curvatures, strict=True)
     ]
     following, moved = moved_along(step, iterate, gradients, meta, movements)
     return following.fresh(), [ScaledVector.of(m, exponent) for m, exponent in zip(moved, exponents, strict=True)]
+
+
+def slopes_along(
+    gradients: Sequence[Tensor], tangents: Sequence[ScaledVector | None], slope: Tensor, exponent: Tensor
+) -> list[Tensor]:
+    """The meta-objective's derivative for each direction, through one meta-loss.
+
+    Args:
+        gradients: The meta-loss's, for each parameter.
+        tangents: One for each direction.
+        slope: The meta-objective's derivative by the meta-loss: mantissa.
+        exponent: The same: binary exponent.
+    """
+    found = []
+    for tangent in tangents:
+        assert tangent is not None
+        product = inner_product(gradients, tangent.tensors[: len(gradients)])
+        found.append(slope * product * torch.exp2(tangent.exponent + exponent))
+    return found
+
+
+def directions_of(meta: Mapping[str, Tensor]) -> list[Direction]:
+    """Every scalar of the meta-parameters."""
+    return [(name, index) for name, tensor in meta.items() for index in range(tensor.numel())]
+
+
+def by_name(meta: Mapping[str, Tensor], directions: Sequence[Direction], slopes: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The derivatives by the scalars, in the meta-parameters' shapes and dtypes."""
+    found = {name: torch.zeros_like(tensor) for name, tensor in meta.items()}
+    for (name, place), value in zip(directions, slopes, strict=True):
+        found[name].view(-1)[place] = value.to(found[name].dtype)
+    return found
 
 
 def rescale(
@@ -131,29 +184,37 @@ def rescale(
     return following, moved, log_scale + exponent * math.log(2.0)
 
 
-def _hessian_vector_product(
-    step: InnerStep,
-    iterate: Iterate,
-    gradients: dict[str, Tensor | None],
+def hessian_vector_product(
+    gradients: Mapping[str, Tensor | None],
+    parameters: Mapping[str, Tensor],
     tangent: ScaledVector | None,
+    *,
     keep_graph: bool,
 ) -> dict[str, Tensor | None]:
-    """Derivative of the gradients along the tangent (mantissas), by a second reverse pass: H v = (v' H)'."""
-    if tangent is None or not step.second_order:
+    """Derivative of the gradients along the tangent (mantissas), by a second reverse pass: H v = (v' H)'.
+
+    Args:
+        gradients: With their graph.
+        parameters: What they were taken by.
+        tangent: Its first tensors are the parameters'; ``None`` for zero.
+        keep_graph: Whether the graph, the loss's included, is needed again.
+    """
+    if tangent is None:
         return dict.fromkeys(gradients)
-    along = dict(zip(iterate.parameters, tangent.tensors, strict=False))
+    along = dict(zip(parameters, tangent.tensors, strict=False))
     pairs = [(g, along[name]) for name, g in gradients.items() if g is not None and g.requires_grad]
     if not pairs:  # a loss that is linear in the parameters
         return dict.fromkeys(gradients)
     products = torch.autograd.grad(
         [gradient for gradient, _ in pairs],
-        list(iterate.parameters.values()),
+        list(parameters.values()),
         [vector for _, vector in pairs],
         retain_graph=keep_graph,
         allow_unused=True,
     )
-    return dict(zip(iterate.parameters, products, strict=True))
+    return dict(zip(parameters, products, strict=True))
 
 
-def _largest_norm(tangents: Sequence[ScaledVector | None]) -> Tensor:
+def largest_norm(tangents: Sequence[ScaledVector | None]) -> Tensor:
+    """``log2`` of the largest tangent's Euclidean norm."""
     return torch.stack([log2_norm(tangent) for tangent in tangents if tangent is not None]).amax()

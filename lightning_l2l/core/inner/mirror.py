@@ -119,16 +119,17 @@ def inner_optimizer(cls: type[torch.optim.Optimizer], **hyperparameters: Any) ->
 
 
 def read_state(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]], *, copy: bool = True
 ) -> dict[str, dict[str, Any]]:
     """The live optimizer's state, in the form that the mirror's ``update`` takes and returns.
 
     Args:
         optimizer: The live optimizer. It is only read.
         named_parameters: The module's ``named_parameters()``.
+        copy: ``False`` for the live tensors themselves: right until the optimizer steps.
 
     Returns:
-        By parameter name ``torch.optim``'s own keys. Tensors are detached clones; ``step`` is an int,
+        By parameter name ``torch.optim``'s own keys. Tensors are detached clones (with ``copy``); ``step`` is an int,
         wherever it lives (for ``capturable`` and ``fused`` that is on the device, and reading it waits for
         the device once). A parameter that has not been stepped yet has an empty state.
 
@@ -143,7 +144,9 @@ def read_state(
             for key, value in optimizer.state.get(parameter, {}).items():
                 if value is None:  # SGD's momentum_buffer before the first step
                     continue
-                entries[key] = value.detach().clone() if isinstance(value, Tensor) else value
+                if isinstance(value, Tensor):
+                    value = value.detach().clone() if copy else value.detach()
+                entries[key] = value
                 if key in _COUNTERS:
                     waiting.append((name, key, torch.as_tensor(value).detach().reshape(())))
     # All counters of a device at once, as each reading of a single one would wait for it.

@@ -1,0 +1,194 @@
+"""Where the run's meta-gradients come from: live, or by looking ahead, and the batches that either needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_l2l.core.plan import scalars
+from lightning_l2l.core.result import MetaGradient
+from lightning_l2l.core.second_order import lacks_second_derivative
+from lightning_l2l.host.applied import AppliedValues
+from lightning_l2l.host.in_place import LearnedInPlace
+from lightning_l2l.host.live import LiveSteps, live_obstacle, prefers_live
+from lightning_l2l.host.look_ahead import LookAhead
+from lightning_l2l.host.settings import Settings
+from lightning_l2l.host.trainer import planned_steps
+from lightning_l2l.host.training_step import joined
+from lightning_l2l.host.windows import RememberedWindows
+from lightning_l2l.optimizers import LearnedOptimizer
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+class MetaGradientSource:
+    """Sees every batch, loss and step of the run; gives a meta-gradient when it is time.
+
+    Args:
+        trainer: The Trainer, in ``on_train_start``.
+        module: The user's LightningModule.
+        learned: The learned optimizer, attached to the live one.
+        applied: What it makes of the live optimizer's values.
+        settings: What the user asked for.
+
+    Raises:
+        MisconfigurationException: There is no held-out data, or the estimator ``"live"`` was asked for and cannot be
+            used.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        learned: LearnedOptimizer,
+        applied: AppliedValues | LearnedInPlace,
+        settings: Settings,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._settings = settings
+        planned = planned_steps(trainer)
+        self._every = settings.every_n_steps
+        if planned < 2 * settings.every_n_steps:
+            self._every = max(1, int(planned) // 4)
+        self._windows = RememberedWindows(settings.unroll_steps + (settings.meta_data == "train"))
+        self._drawn = 0
+        self._rehearsed = self._wanted = False
+        self.look_ahead = LookAhead(trainer, module, learned, applied, settings)
+        self._live = self._live_steps(learned, applied)
+
+    def _live_steps(self, learned: LearnedOptimizer, applied: AppliedValues | LearnedInPlace) -> LiveSteps | None:
+        asked = self._settings.estimator == "live"
+        if not asked and (self._settings.estimator != "auto" or not prefers_live(learned)):
+            return None
+        obstacle = live_obstacle(self._module, learned, applied)
+        if obstacle and asked:
+            raise MisconfigurationException(
+                f"LearnToLearn(estimator='live') cannot be used here: {obstacle}. Use estimator='auto', which looks "
+                "ahead on a copy instead."
+            )
+        if obstacle or isinstance(applied, LearnedInPlace):
+            return None
+        reason = "asked for" if asked else f"{scalars(learned)} scalar meta-parameter(s): no step is thrown away"
+        steps = min(self._settings.unroll_steps, self._every)
+        return LiveSteps(self._trainer, self._module, self.look_ahead, self._settings, steps, reason)
+
+    def rehearse(self) -> None:
+        """A look-ahead on the first batch, before the first real step, so that what fails fails now.
+
+        Two steps, since only the second one needs the second derivative.
+        """
+        if not self._rehearsed:
+            window = self._windows.unfinished()
+            judge = window if self._settings.meta_data == "train" else self.look_ahead.held_out(self._drawn)
+            self.look_ahead.meta_gradient([window, window], judge)
+            self._rehearsed = True
+            if not self._wanted:
+                self._windows.skip()
+
+    def see_batch(self, batch: Any, batch_index: int) -> None:
+        """A training batch begins; keep it, if the next meta-gradient will need it."""
+        to_go = self._every - self._trainer.global_step % self._every
+        first = batch_index % self._trainer.accumulate_grad_batches == 0
+        if self._live is None:
+            wanted = to_go <= self._windows.length
+        else:
+            self._live.before_batch(to_go, first=first)
+            # What is trained on just before the window is what the window is judged by.
+            wanted = self._settings.meta_data == "train" and to_go % self._every == (self._live.steps + 1) % self._every
+        self._wanted = wanted
+        if wanted or not self._rehearsed:
+            self._windows.see(batch, batch_index, first=first)
+
+    def skip_batch(self) -> None:
+        """The step returned ``None`` for the batch that was seen last."""
+        self._windows.skip()
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Lightning is about to go backward from this loss.
+
+        Raises:
+            RuntimeError: The estimator ``"live"`` was asked for, and an operation has no second derivative.
+        """
+        if self._live is None:
+            return
+        try:
+            self._live.see_loss(loss)
+        except RuntimeError as error:
+            missing = lacks_second_derivative(error)
+            if missing is None:
+                raise
+            if self._settings.estimator == "live":
+                raise RuntimeError(
+                    f"LearnToLearn(estimator='live') differentiates the training's own graph twice, and {missing} "
+                    "cannot be. Use estimator='auto', which looks ahead on a copy, with other kernels."
+                ) from error
+            self._live = None  # look ahead instead
+
+    def before_step(self) -> None:
+        """The optimizer is about to step; its gradients are not clipped yet."""
+        if self._live is not None:
+            self._live.before_step()
+
+    def after_step(self) -> None:
+        """The optimizer has stepped."""
+        if self._live is not None:
+            self._live.after_step()
+
+    def finish_step(self) -> MetaGradient | None:
+        """A training step is over, schedulers included.
+
+        Returns:
+            The meta-gradient, when it is time and there is one.
+
+        Raises:
+            StepSkippedError: ``training_step`` returned ``None`` for a batch that it was asked about.
+            WindowIncompleteError: A live window misses a step.
+            NegativeLossError: The objective takes the logarithm of a negative loss.
+        """
+        self._windows.close(self._trainer.accumulate_grad_batches)
+        is_time = self._trainer.global_step % self._every == 0
+        if self._live is not None:
+            return self._live_meta_gradient(self._live, is_time)
+        if not is_time or not len(self._windows):
+            return None
+        windows = self._windows.last()
+        if self._settings.meta_data == "train":
+            *windows, last = windows if len(windows) > 1 else windows * 2
+            judge = joined([last])
+        else:
+            judge = self.look_ahead.held_out(self._drawn)
+            self._drawn += 1
+        return self.look_ahead.meta_gradient(windows, judge)
+
+    def _live_meta_gradient(self, live: LiveSteps, is_time: bool) -> MetaGradient | None:
+        if live.needs_judge():
+            if self._settings.meta_data != "train":
+                live.judge(self.look_ahead.held_out(self._drawn))
+            else:
+                seen = self._windows.last()
+                if live.steps == self._every:  # windows without a gap: the last one seen is of this window
+                    seen = seen[:-1]
+                if seen:
+                    live.judge(joined(seen[-1:]))
+                else:  # the first window of a fit may have no step before it
+                    live.drop()
+        if not is_time:
+            return None
+        self._drawn += 1
+        return live.result()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from: plain tensors, numbers, strings and containers."""
+        live = {} if self._live is None else self._live.state_dict()
+        return {"windows": self._windows.state_dict(), "drawn": self._drawn, "live": live}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._windows.load_state_dict(state["windows"], self._module.device)
+        self._drawn = state["drawn"]
+        if self._live is not None:
+            self._live.load_state_dict(state["live"])
