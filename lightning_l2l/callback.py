@@ -12,7 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2l.core.initial_search import SearchResult
 from lightning_l2l.core.objectives import Objective
-from lightning_l2l.host.refusals import refuse_module, refuse_optimizer, refuse_second_learned, refuse_strategy
+from lightning_l2l.host.refusals import (
+    refuse_mixed,
+    refuse_module,
+    refuse_optimizer,
+    refuse_second_learned,
+    refuse_strategy,
+)
 from lightning_l2l.host.report import as_record, by_group, log, logged_values, search_message
 from lightning_l2l.host.saved_state import VERSION, check_saved
 from lightning_l2l.host.session import Session
@@ -35,8 +41,9 @@ class LearnToLearn(pl.Callback):
     **When it helps.** You do not know a good learning rate, or one constant rate is not good all the way. **What it
     costs**: for each unrolled step three training steps (large networks) to six (tiny ones), so with the defaults the
     training takes about twice as long; the range test is 5 % of its steps. **What it does not do**: it needs automatic
-    optimization, a single device, and an optimizer with a mirror (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad);
-    everything that is refused is refused before training, with the reason.
+    optimization, a single device or DDP (where the mean over the processes is looked ahead, as it is trained on), and
+    an optimizer with a mirror (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad); everything that is refused is refused
+    before training, with the reason.
 
     Nothing else of the run changes: parameters, buffers, random numbers, metrics, attributes of the modules and the
     order of the data are those of the run without the callback (bit for bit, with ``meta_learning_rate=0,
@@ -133,6 +140,7 @@ class LearnToLearn(pl.Callback):
             # Else the same Trainer goes on with the same training (after Ctrl-C, or for more epochs), and so do we.
             self._loaded = self._state
             refuse_strategy(trainer)
+            refuse_mixed(trainer, self.settings)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what can be refused once there is an optimizer."""
@@ -238,13 +246,13 @@ class LearnToLearn(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove what the session installed: after an exception Lightning does not call ``teardown``."""
-        self._close()
+        self._close(alone=True)
 
-    def _close(self) -> None:
+    def _close(self, *, alone: bool = False) -> None:
         session, self._session = self._session, None
         if session is not None:
             session.close()
-            self._state = self._state_of(session)
+            self._state = self._state_of(session, from_all=not alone)
 
     def plot(self, path: str | None = None) -> Figure:
         """The learning rates and the meta-objective over the training, as a matplotlib figure.
@@ -264,8 +272,8 @@ class LearnToLearn(pl.Callback):
         """Plain tensors, numbers, strings and containers: torch loads checkpoints with ``weights_only``."""
         return self._state or self._loaded if self._session is None else self._state_of(self._session)
 
-    def _state_of(self, session: Session) -> dict[str, Any]:
-        return {"version": VERSION, **session.state_dict(), "history": copy.deepcopy(self.history)}
+    def _state_of(self, session: Session, *, from_all: bool = True) -> dict[str, Any]:
+        return {"version": VERSION, **session.state_dict(from_all=from_all), "history": copy.deepcopy(self.history)}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.core.inner.rule import is_tensor
+from lightning_l2l.core.processes import Processes
 from lightning_l2l.optimizers.base import LearnedOptimizer
 
 Tensors = dict[str, Tensor]
@@ -93,6 +94,7 @@ class InnerStep:
         gradient_transformation: Applied to the gradients first, e.g. a clipping; ``None`` for nothing.
         second_order: ``False`` treats the inner gradients as constants (cheaper, biased).
         homogeneity: Degree p if ``loss(c w) = |c|**p loss(w)`` and the update is linear, else ``None``.
+        processes: The other processes of a data-parallel training: losses and gradients are means over them.
     """
 
     loss: Loss
@@ -100,6 +102,7 @@ class InnerStep:
     gradient_transformation: GradientTransformation | None = None
     second_order: bool = True
     homogeneity: float | None = None
+    processes: Processes | None = None
 
     def start(self, parameters: Mapping[str, Tensor], state: Any, buffers: Mapping[str, Tensor]) -> Iterate:
         """The first iterate: clones, so that nothing of the caller's is ever written to."""
@@ -111,7 +114,26 @@ class InnerStep:
         return iterate.with_leaves([leaf.detach().clone() for leaf in iterate.leaves()]).fresh()
 
     def evaluate(self, iterate: Iterate, batch: Any) -> Tensor:
-        """The loss at an iterate.
+        """The loss at an iterate, as a mean over the processes.
+
+        Raises:
+            TypeError: The loss is not a tensor of one floating-point number.
+        """
+        if self.processes is None:
+            return self.evaluate_here(iterate, batch)
+        self.share_buffers(iterate)
+        like = [torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)]
+        value = self.processes.shared(lambda: [self.evaluate_here(iterate, batch)], like)[0]
+        assert value is not None
+        return value
+
+    def share_buffers(self, iterate: Iterate) -> None:
+        """Start from the buffers of the first process, in place, where the training does that."""
+        if self.processes is not None and self.processes.buffers_of_first and iterate.buffers:
+            self.processes.copy_first_(list(iterate.buffers.values()))
+
+    def evaluate_here(self, iterate: Iterate, batch: Any) -> Tensor:
+        """The loss of this process alone.
 
         Raises:
             TypeError: The loss is not a tensor of one floating-point number.
@@ -133,10 +155,27 @@ class InnerStep:
     def gradients(self, value: Tensor, iterate: Iterate, *, create_graph: bool) -> dict[str, Tensor | None]:
         """Gradient of a loss for each parameter; ``None`` for those it does not depend on.
 
+        A mean over the processes. Its graph (``create_graph``) is that of this process's own gradients, so what is
+        pulled back through it has to be averaged: :meth:`average`.
+
         Raises:
             ValueError: The loss depends on none of the parameters.
         """
         names, parameters = list(iterate.parameters), list(iterate.parameters.values())
+        if self.processes is None:
+            found = self._gradients_here(value, parameters, create_graph)
+        else:
+            found = self.processes.shared(lambda: self._gradients_here(value, parameters, create_graph), parameters)
+        return dict(zip(names, found, strict=True))
+
+    def average(
+        self, compute: Callable[[], Sequence[Tensor | None]], like: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """What ``compute`` pulls back through gradients, as a mean over the processes; ``like`` has its shapes."""
+        return compute() if self.processes is None else self.processes.mean(compute, like)
+
+    @staticmethod
+    def _gradients_here(value: Tensor, parameters: list[Tensor], create_graph: bool) -> Sequence[Tensor | None]:
         found: Sequence[Tensor | None] = [None] * len(parameters)
         if value.requires_grad:
             found = torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True)
@@ -146,7 +185,7 @@ class InnerStep:
                 "Compute it from the parameters that are passed in, with gradients on (no torch.no_grad, no "
                 "detach, no .item())."
             )
-        return dict(zip(names, found, strict=True))
+        return found
 
     def judge(self, iterate: Iterate, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """The meta-loss at an iterate and its gradient for each parameter; the iterate stays as it is."""

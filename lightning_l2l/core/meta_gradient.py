@@ -13,6 +13,7 @@ from lightning_l2l.core.estimators import Particles
 from lightning_l2l.core.inner_step import InnerStep, Iterate, Loss, twice_differentiable
 from lightning_l2l.core.objectives import Objective, check_objective
 from lightning_l2l.core.plan import choose_estimator
+from lightning_l2l.core.processes import Processes
 from lightning_l2l.core.random_state import RandomState
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.second_order import lacks_second_derivative
@@ -62,6 +63,7 @@ def meta_gradient(
     gradient_transformation: GradientTransformation | None = None,
     second_order: bool = True,
     particles: Particles | None = None,
+    processes: Processes | None = None,
 ) -> MetaGradient:
     """How a meta-objective after some training steps depends on the meta-parameters of a learned optimizer.
 
@@ -99,6 +101,9 @@ def meta_gradient(
             :mod:`lightning_l2l.core.clip`.
         second_order: ``False`` leaves out the derivative of the inner gradients: cheaper and wrong in general.
         particles: For ``"es"`` and ``"mixed"``: how many, how far apart, how computed.
+        processes: In a data-parallel training, where each process has the same ``params`` and its own batches: how they
+            reach each other. Then the result is that of all batches together (the mean of the losses over processes),
+            on each process; ``"es"`` needs ``particles`` with a seed, the same on each.
 
     Returns:
         Value, gradients by meta-parameter name, diagnostics.
@@ -137,7 +142,7 @@ def meta_gradient(
         )
     homogeneity = getattr(loss, "homogeneity", None)
     linear = learned.scale_equivariant and gradient_transformation is None
-    step = InnerStep(loss, learned, gradient_transformation, second_order, homogeneity if linear else None)
+    step = InnerStep(loss, learned, gradient_transformation, second_order, homogeneity if linear else None, processes)
     start = step.start(params, state, buffers or {})
     name, reason = choose_estimator(learned, estimator, step, start, batches)
     before = RandomState.now({leaf.device for leaf in start.leaves()})

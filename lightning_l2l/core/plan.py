@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torchopt.base import GradientTransformation
 
 from lightning_l2l.core.estimators.particles import Particles
 from lightning_l2l.core.inner_step import InnerStep, Iterate, Loss
+from lightning_l2l.core.processes import together
 from lightning_l2l.core.step_memory import StepMemory, free_memory, measure_step
 from lightning_l2l.optimizers.base import LearnedOptimizer
 
@@ -166,7 +167,14 @@ def choose_estimator(
     count = scalars(learned)
     if count <= LARGEST_FORWARD or len(batches) < SHORTEST_MEASURED or step is None or start is None:
         return choose(count, len(batches), None, None)
-    return choose(count, len(batches), measure_step(step, start, batches[0]), _limit(start, None))
+    with together(step.processes):
+        memory = measure_step(replace(step, processes=None), start, batches[0])
+        name, reason = choose(count, len(batches), memory, _limit(start, None))
+    # Each process has its own free memory; they have to take the same.
+    for cautious in ("es", "segmented"):
+        if step.processes is not None and step.processes.any(name == cautious):
+            return cautious, reason if name == cautious else f"another process needs it; here: {reason}"
+    return name, reason
 
 
 def choose(count: int, steps: int, memory: StepMemory | None, limit: int | None) -> tuple[str, str]:

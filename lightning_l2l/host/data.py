@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_l2l.host.isolation import isolated_random_state
 
@@ -42,6 +43,11 @@ def is_indexable(loader: Any) -> bool:
         and type(loader).__iter__ is DataLoader.__iter__
         and not isinstance(loader.dataset, IterableDataset)
     )
+
+
+def is_sharded(loader: Any) -> bool:
+    """Whether each process gets other examples from the loader than the others."""
+    return isinstance(getattr(loader, "sampler", None), DistributedSampler)
 
 
 class EmptyLoaderError(ValueError):

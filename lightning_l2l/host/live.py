@@ -12,8 +12,10 @@ from lightning_l2l.core.estimators import LiveUnroll
 from lightning_l2l.core.inner import read_state
 from lightning_l2l.core.inner_step import Iterate
 from lightning_l2l.core.plan import LARGEST_FORWARD, scalars
+from lightning_l2l.core.processes import Processes
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.scaled import ScaledVector
+from lightning_l2l.core.second_order import lacks_second_derivative
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import invisible, is_compiled
@@ -35,10 +37,13 @@ class WindowIncompleteError(Exception):
 _LARGEST_SAVED = 64 * 2**20
 
 
-def live_obstacle(module: nn.Module, learned: LearnedOptimizer, applied: AppliedValues | LearnedInPlace) -> str:
+def live_obstacle(
+    trainer: pl.Trainer, module: nn.Module, learned: LearnedOptimizer, applied: AppliedValues | LearnedInPlace
+) -> str:
     """Why the training's own graph cannot be differentiated twice without the run noticing; ``""`` if it can.
 
     Args:
+        trainer: The Trainer.
         module: The user's module.
         learned: The learned optimizer, attached.
         applied: What it makes of the live optimizer's values.
@@ -51,6 +56,8 @@ def live_obstacle(module: nn.Module, learned: LearnedOptimizer, applied: Applied
     hooked += [name for name, parameter in module.named_parameters() if parameter._backward_hooks]
     if hooked:
         return f"the backward hooks of the module ({hooked[0] or 'its own'}) would run more often"
+    if getattr(trainer.strategy.model, "static_graph", False):
+        return "DDP with static_graph=True counts the backward passes"
     if torch.cuda.is_initialized() and any(isinstance(child, nn.RNNBase) for child in module.modules()):
         return "cuDNN's recurrent networks cannot be differentiated twice"
     return ""
@@ -71,6 +78,7 @@ class LiveSteps:
         settings: What the user asked for.
         steps: The length of a window.
         reason: Why this estimator was chosen.
+        processes: The other processes of the run.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class LiveSteps:
         settings: Settings,
         steps: int,
         reason: str,
+        processes: Processes | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -88,10 +97,10 @@ class LiveSteps:
         self._settings = settings
         self._steps = steps
         self._reason = reason
+        self._processes = processes
         self._unroll: LiveUnroll | None = None
         self._carried: list[ScaledVector] | None = None
         self._names: list[str] = []
-        self._tried = False
 
     @property
     def steps(self) -> int:
@@ -120,13 +129,7 @@ class LiveSteps:
         return owned_tensors(self._module, live_optimizer(self._trainer))[0]
 
     def see_loss(self, loss: Tensor) -> None:
-        """Lightning is about to go backward from this loss.
-
-        Raises:
-            RuntimeError: In the first step of the fit: an operation of the module has no second derivative.
-        """
-        if not self._tried:
-            self._try(loss)
+        """Lightning is about to go backward from this loss."""
         if self._unroll is not None:
             parameters = self._owned()
             if list(parameters) != self._names:
@@ -134,15 +137,27 @@ class LiveSteps:
                 return
             self._unroll.see_loss(loss, parameters, loss_scale(self._trainer))
 
-    def _try(self, loss: Tensor) -> None:
-        """Differentiate the first loss of the fit twice, so that what fails fails before the first step."""
+    def trial(self, loss: Tensor) -> str | None:
+        """Differentiate the first loss of the fit twice, so that what fails fails before the first step.
+
+        Returns:
+            What cannot be differentiated twice, on this process or another.
+        """
         parameters = list(self._owned().values())
-        first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        moving = [gradient for gradient in first if gradient is not None and gradient.requires_grad]
-        if moving:
-            ones = [torch.ones_like(gradient) for gradient in moving]
-            torch.autograd.grad(moving, parameters, ones, retain_graph=True, allow_unused=True)
-        self._tried = True
+        missing = None
+        try:
+            first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            moving = [gradient for gradient in first if gradient is not None and gradient.requires_grad]
+            if moving:
+                ones = [torch.ones_like(gradient) for gradient in moving]
+                torch.autograd.grad(moving, parameters, ones, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            missing = lacks_second_derivative(error)
+            if missing is None:
+                raise
+        if self._processes is not None and self._processes.any(missing is not None):
+            missing = missing or "something on another process"
+        return missing
 
     def before_step(self) -> None:
         """The gradients are there, not clipped yet, and the optimizer is about to step."""
@@ -154,7 +169,9 @@ class LiveSteps:
             return
         state = read_state(live_optimizer(self._trainer), self._module.named_parameters(), copy=False)
         iterate = Iterate(parameters, state, buffers)
-        if not self._unroll.fits(iterate):  # the optimizer was made anew, or the step returned None
+        # Not if the optimizer was made anew, or the step returned None, on whichever process.
+        fits = self._unroll.fits(iterate)
+        if not fits if self._processes is None else self._processes.any(not fits):
             self._unroll = None
             return
         self._unroll.before_step(iterate, {name: parameter.grad for name, parameter in parameters.items()})

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.core.clip import clip_gradient_norm, clip_gradient_value
+from lightning_l2l.core.estimators import Particles
 from lightning_l2l.core.initial_search import SearchResult, search_budget, search_learning_rate, search_steps
 from lightning_l2l.core.inner_step import InnerStep
 from lightning_l2l.core.meta_gradient import meta_gradient
 from lightning_l2l.core.plain_training import loss_after_training
+from lightning_l2l.core.processes import Processes, together
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.host.applied import AppliedValues
-from lightning_l2l.host.data import IndexedBatches, StreamedBatches, first_loader, is_indexable
+from lightning_l2l.host.data import IndexedBatches, StreamedBatches, first_loader, is_indexable, is_sharded
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import invisible
 from lightning_l2l.host.settings import Settings
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 # Held-out batches that a candidate of the initial search is judged by (docs, "initial search").
 _SEARCH_BATCHES = 4
+# Between the seeds of two processes, so that their dropout masks differ; a prime, larger than most runs are long.
+_SEED_STRIDE = 15_485_863
 
 
 class LookAhead:
@@ -46,6 +51,7 @@ class LookAhead:
         learned: The learned optimizer, attached to the live one.
         applied: What it makes of the live optimizer's values.
         settings: What the user asked for.
+        processes: The other processes of the run.
 
     Raises:
         MisconfigurationException: There is no held-out data.
@@ -59,26 +65,35 @@ class LookAhead:
         learned: LearnedOptimizer,
         applied: AppliedValues | LearnedInPlace,
         settings: Settings,
+        processes: Processes | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._learned = learned
         self._applied = applied
         self._settings = settings
+        self._processes = processes
+        rank, self._stride = (0, 1) if processes is None else (processes.rank, processes.count)
+        self._seed = settings.seed + rank * _SEED_STRIDE
         self._optimizer = live_optimizer(trainer)
         self._loss = TrainingStep(trainer, module)
         self._held_out_loader = self._find_held_out_loader()
-        self._held_out = None if self._held_out_loader is None else self._source(self._held_out_loader, held_out=True)
+        with together(processes):
+            loader = self._held_out_loader
+            self._held_out = None if loader is None else self._source(loader, held_out=True)
 
     def held_out(self, number: int) -> Window:
-        """The held-out batch with this number, as the user's step takes it."""
-        if self._settings.meta_data == "val":
-            # reload_dataloaders_every_n_epochs replaces the loaders while the run goes on.
-            present = first_loader(self._trainer.val_dataloaders)
-            if present is not None and present is not self._held_out_loader:
-                self._held_out_loader, self._held_out = present, self._source(present, held_out=True)
-        assert self._held_out is not None
-        return self._moved(self._held_out.batch(number), held_out=True)
+        """The held-out batch with this number, as the user's step takes it; another one on each process."""
+        with together(self._processes):
+            if self._settings.meta_data == "val":
+                # reload_dataloaders_every_n_epochs replaces the loaders while the run goes on.
+                present = first_loader(self._trainer.val_dataloaders)
+                if present is not None and present is not self._held_out_loader:
+                    self._held_out_loader, self._held_out = present, self._source(present, held_out=True)
+            elif not is_sharded(self._held_out_loader):
+                number = number * self._stride + self._trainer.global_rank
+            assert self._held_out is not None
+            return self._moved(self._held_out.batch(number), held_out=True)
 
     def meta_gradient(self, windows: Sequence[Window], judge: Window) -> MetaGradient:
         """The meta-gradient of an unroll over these windows from the run's present state.
@@ -89,8 +104,11 @@ class LookAhead:
         """
         parameters, buffers = owned_tensors(self._module, self._optimizer)
         learned, state = self._applied.unrolled()
-        with invisible(self._trainer, self._module, self._settings.seed + self._trainer.global_step):
-            return meta_gradient(
+        step = self._trainer.global_step
+        # Perturbations are the same on each process, unlike everything else that is drawn.
+        particles = None if self._processes is None else Particles(seed=self._settings.seed + step)
+        with invisible(self._trainer, self._module, self._seed + step):
+            result = meta_gradient(
                 self._loss,
                 parameters,
                 learned,
@@ -102,11 +120,21 @@ class LookAhead:
                 state=state,
                 buffers=buffers,
                 gradient_transformation=self._clipping(),
+                particles=particles,
+                processes=self._processes,
             )
+        return self.agreed(result)
+
+    def agreed(self, result: MetaGradient) -> MetaGradient:
+        """The result of the first process; they are equal up to the last bits where the hardware differs."""
+        if self._processes is None:
+            return result
+        result = replace(result, gradients={name: gradient.cpu() for name, gradient in result.gradients.items()})
+        return self._trainer.strategy.broadcast(result)
 
     def inner_step(self) -> InnerStep:
         """A step of the run's training as the core takes it."""
-        return InnerStep(self._loss, self._learned, self._clipping())
+        return InnerStep(self._loss, self._learned, self._clipping(), processes=self._processes)
 
     def factor_to(self, learning_rate: float) -> float:
         """What the learned rate of the first group has to be multiplied by so that it peaks at this rate."""
@@ -139,12 +167,12 @@ class LookAhead:
             return f"{type(self._learned).__name__} has no learning rate to search"
         budget = search_budget(planned_steps(self._trainer), self._settings.search_budget)
         steps = search_steps(budget)
-        source = self._source(loader, held_out=False)
-        windows = [self._moved(source.batch(number), held_out=False) for number in range(steps)]
-        if self._held_out is None:
-            numbers = range(steps, steps + _SEARCH_BATCHES)
-            judges = [self._moved(source.batch(number), held_out=False) for number in numbers]
-        else:
+        with together(self._processes):
+            source = self._source(loader, held_out=False)
+            numbers = range(steps + (_SEARCH_BATCHES if self._held_out is None else 0))
+            windows = [self._moved(source.batch(number), held_out=False) for number in numbers]
+        windows, judges = windows[:steps], windows[steps:]
+        if self._held_out is not None:
             judges = [self.held_out(number) for number in range(_SEARCH_BATCHES)]
         parameters, buffers = owned_tensors(self._module, self._optimizer)
 
@@ -152,7 +180,7 @@ class LookAhead:
             step = self.inner_step()
             start = step.start(parameters, applied.unrolled()[1], buffers)
             meta = self._learned.scaled_rate(candidate / present)
-            with invisible(self._trainer, self._module, self._settings.seed):
+            with invisible(self._trainer, self._module, self._seed):
                 return loss_after_training(step, start, windows, judges, meta)
 
         with applied.attached_to(peaks):
@@ -186,7 +214,7 @@ class LookAhead:
         return IndexedBatches(loader, self._settings.seed, limit)
 
     def _moved(self, batch: Any, *, held_out: bool) -> Window:
-        with invisible(self._trainer, self._module, self._settings.seed):
+        with invisible(self._trainer, self._module, self._seed):
             return joined([Window(((moved_batch(self._trainer, self._module, batch, held_out=held_out), 0),), 1)])
 
     def _clipping(self) -> GradientTransformation | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_l2l.core.inner import mirror
 from lightning_l2l.host.settings import Settings
-from lightning_l2l.host.trainer import is_stub, live_optimizer, loads_from_iterator, overrides
+from lightning_l2l.host.trainer import changes_averaging, is_stub, live_optimizer, loads_from_iterator, overrides
 from lightning_l2l.optimizers import LearnedOptimizer, LearnedTorchOptimizer
 
 if TYPE_CHECKING:
@@ -20,21 +20,49 @@ if TYPE_CHECKING:
 _LARGEST_STEP_OF_WEIGHTS = 0.05
 
 # By class name, since `pytorch_lightning` has its own copies of these classes.
-_SINGLE_DEVICE = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy")
+_WHOLE_PARAMETERS = ("SingleDeviceStrategy", "DDPStrategy")
+_REASONS = {
+    "DeepSpeedStrategy": "DeepSpeed's engine owns parameters, gradients and optimizer",
+    "FSDPStrategy": "each process holds a shard of the parameters only",
+    "ModelParallelStrategy": "each process holds a part of the parameters only",
+    "XLAStrategy": "several XLA devices were never tried",
+}
 
 
 def refuse_strategy(trainer: pl.Trainer) -> None:
     """Refuse what can be seen in ``setup``: the way the training is distributed.
 
     Raises:
-        MisconfigurationException: More than one process, or parameters that are not whole.
+        MisconfigurationException: Parameters that are not whole on each process, or gradients that are not the plain
+            mean over the processes.
     """
-    names = {base.__name__ for base in type(trainer.strategy).__mro__}
-    if not names & set(_SINGLE_DEVICE):
+    strategy = trainer.strategy
+    names = {base.__name__ for base in type(strategy).__mro__}
+    reasons = [reason for name, reason in _REASONS.items() if name in names]
+    if reasons or not names & set(_WHOLE_PARAMETERS):
+        reason = reasons[0] if reasons else "it is not known whether each process holds the whole parameters"
         raise MisconfigurationException(
-            f"LearnToLearn supports single-device training so far, but the strategy is "
-            f"{type(trainer.strategy).__name__}. Averaging gradients over processes inside the unroll is not "
-            "implemented yet, and without it every process would learn another rate. Use devices=1."
+            f"LearnToLearn cannot be used with {type(strategy).__name__}: {reason}, and a look-ahead replaces whole "
+            "parameters by name. Use a single device or strategy='ddp'."
+        )
+    if changes_averaging(strategy):
+        raise MisconfigurationException(
+            "LearnToLearn cannot be used with a communication hook of DDP or with post-local SGD: the gradients would "
+            "not be the plain mean over the processes, which is what a look-ahead takes. Leave ddp_comm_hook, "
+            "ddp_comm_state, ddp_comm_wrapper and model_averaging_period out."
+        )
+
+
+def refuse_mixed(trainer: pl.Trainer, settings: Settings) -> None:
+    """Refuse the one estimator that does not work over processes.
+
+    Raises:
+        MisconfigurationException: ``"mixed"`` and several processes.
+    """
+    if settings.estimator == "mixed" and trainer.world_size > 1:
+        raise MisconfigurationException(
+            "LearnToLearn(estimator='mixed') back-propagates through a whole look-ahead at once, and that does not "
+            "reach the batches of the other processes. Use 'auto', 'forward', 'reverse' or 'es' with several devices."
         )
 
 

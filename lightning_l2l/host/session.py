@@ -14,17 +14,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_l2l.core.initial_search import SearchResult
 from lightning_l2l.core.meta_optimizer import MetaOptimizer
+from lightning_l2l.core.processes import StepSkippedError
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import hidden_attribute
 from lightning_l2l.host.live import WindowIncompleteError
+from lightning_l2l.host.ranks import processes_of
 from lightning_l2l.host.report import MetaUpdate
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.source import MetaGradientSource
 from lightning_l2l.host.trainer import live_optimizer, overrides
-from lightning_l2l.host.training_step import StepSkippedError
 from lightning_l2l.optimizers import LearnedOptimizer, LearnedTorchOptimizer
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Session:
         self._learned = learned
         self._settings = settings
         saved = saved or {}
+        self._processes = processes_of(trainer)
         self._steps_seen: int = saved.get("steps_seen", trainer.global_step)
         self._searched = bool(saved) or trainer.global_step > 0 or not settings.initial_search
         # What the user's hooks set up is there at the end of the first training step, and not before.
@@ -70,11 +72,14 @@ class Session:
             if saved:
                 learned.load_state_dict(saved["learned"])
             self.applied = _applied(optimizer, module, learned, saved.get("applied"))
+            if self._processes is not None:  # whatever it was initialised with
+                self._processes.copy_first_(list(learned.parameters()))
+                self.applied.refresh(force=True)
             self._meta_optimizer = MetaOptimizer(learned.parameters(), settings.meta_learning_rate)
             if saved:
                 self._refuse_other_shapes(saved, len(optimizer.param_groups))
                 self._meta_optimizer.load_state_dict(copy.deepcopy(saved["meta_optimizer"]))
-            self.source = MetaGradientSource(trainer, module, learned, self.applied, settings)
+            self.source = MetaGradientSource(trainer, module, learned, self.applied, settings, self._processes)
             if saved:
                 self.source.load_state_dict(saved["source"])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -176,13 +181,17 @@ class Session:
         self.applied.refresh(force=True)
         return MetaUpdate(self._steps_seen, result, trouble, note)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from: plain tensors, numbers, strings and containers."""
+    def state_dict(self, *, from_all: bool = True) -> dict[str, Any]:
+        """What a resumed run goes on from: plain tensors, numbers, strings and containers.
+
+        Args:
+            from_all: With what the other processes remember, which asks all of them; else only this one's.
+        """
         return {
             "learned": {name: tensor.detach().clone() for name, tensor in self._learned.state_dict().items()},
             "meta_optimizer": copy.deepcopy(self._meta_optimizer.state_dict()),
             "applied": self.applied.state_dict(),
-            "source": self.source.state_dict(),
+            "source": self.source.state_dict(from_all=from_all),
             "steps_seen": self._steps_seen,
         }
 

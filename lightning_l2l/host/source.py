@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_l2l.core.plan import scalars
+from lightning_l2l.core.processes import Processes
 from lightning_l2l.core.result import MetaGradient
-from lightning_l2l.core.second_order import lacks_second_derivative
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.live import LiveSteps, live_obstacle, prefers_live
@@ -33,6 +34,7 @@ class MetaGradientSource:
         learned: The learned optimizer, attached to the live one.
         applied: What it makes of the live optimizer's values.
         settings: What the user asked for.
+        processes: The other processes of the run.
 
     Raises:
         MisconfigurationException: There is no held-out data, or the estimator ``"live"`` was asked for and cannot be
@@ -46,6 +48,7 @@ class MetaGradientSource:
         learned: LearnedOptimizer,
         applied: AppliedValues | LearnedInPlace,
         settings: Settings,
+        processes: Processes | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -54,17 +57,18 @@ class MetaGradientSource:
         self._every = settings.every_n_steps
         if planned < 2 * settings.every_n_steps:
             self._every = max(1, int(planned) // 4)
-        self._windows = RememberedWindows(settings.unroll_steps + (settings.meta_data == "train"))
+        self._processes = processes
+        self._windows = RememberedWindows(settings.unroll_steps + (settings.meta_data == "train"), trainer.world_size)
         self._drawn = 0
-        self._rehearsed = self._wanted = False
-        self.look_ahead = LookAhead(trainer, module, learned, applied, settings)
+        self._rehearsed = self._wanted = self._tried = False
+        self.look_ahead = LookAhead(trainer, module, learned, applied, settings, processes)
         self._live = self._live_steps(learned, applied)
 
     def _live_steps(self, learned: LearnedOptimizer, applied: AppliedValues | LearnedInPlace) -> LiveSteps | None:
         asked = self._settings.estimator == "live"
         if not asked and (self._settings.estimator != "auto" or not prefers_live(learned)):
             return None
-        obstacle = live_obstacle(self._module, learned, applied)
+        obstacle = live_obstacle(self._trainer, self._module, learned, applied)
         if obstacle and asked:
             raise MisconfigurationException(
                 f"LearnToLearn(estimator='live') cannot be used here: {obstacle}. Use estimator='auto', which looks "
@@ -74,7 +78,7 @@ class MetaGradientSource:
             return None
         reason = "asked for" if asked else f"{scalars(learned)} scalar meta-parameter(s): no step is thrown away"
         steps = min(self._settings.unroll_steps, self._every)
-        return LiveSteps(self._trainer, self._module, self.look_ahead, self._settings, steps, reason)
+        return LiveSteps(self._trainer, self._module, self.look_ahead, self._settings, steps, reason, self._processes)
 
     def rehearse(self) -> None:
         """A look-ahead on the first batch, before the first real step, so that what fails fails now.
@@ -115,18 +119,18 @@ class MetaGradientSource:
         """
         if self._live is None:
             return
-        try:
-            self._live.see_loss(loss)
-        except RuntimeError as error:
-            missing = lacks_second_derivative(error)
-            if missing is None:
-                raise
-            if self._settings.estimator == "live":
+        if not self._tried:
+            self._tried = True
+            missing = self._live.trial(loss)
+            if missing is not None and self._settings.estimator == "live":
                 raise RuntimeError(
                     f"LearnToLearn(estimator='live') differentiates the training's own graph twice, and {missing} "
                     "cannot be. Use estimator='auto', which looks ahead on a copy, with other kernels."
-                ) from error
-            self._live = None  # look ahead instead
+                )
+            if missing is not None:
+                self._live = None  # look ahead instead
+                return
+        self._live.see_loss(loss)
 
     def before_step(self) -> None:
         """The optimizer is about to step; its gradients are not clipped yet."""
@@ -153,9 +157,13 @@ class MetaGradientSource:
         is_time = self._trainer.global_step % self._every == 0
         if self._live is not None:
             return self._live_meta_gradient(self._live, is_time)
-        if not is_time or not len(self._windows):
+        if not is_time:
             return None
-        windows = self._windows.last()
+        # Not every process may have as many, for example after a resume.
+        known = len(self._windows) if self._processes is None else min(self._processes.gather(len(self._windows)))
+        if not known:
+            return None
+        windows = self._windows.last()[-known:]
         if self._settings.meta_data == "train":
             *windows, last = windows if len(windows) > 1 else windows * 2
             judge = joined([last])
@@ -179,16 +187,29 @@ class MetaGradientSource:
         if not is_time:
             return None
         self._drawn += 1
-        return live.result()
+        return self.look_ahead.agreed(live.result())
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from: plain tensors, numbers, strings and containers."""
+    def state_dict(self, *, from_all: bool = True) -> dict[str, Any]:
+        """What a resumed run goes on from: plain tensors, numbers, strings and containers.
+
+        Args:
+            from_all: With what the other processes remember, which asks all of them; else only this one's.
+        """
+        own = self._windows.state_dict()
+        windows: list[dict[str, Any] | None] = [None] * self._trainer.world_size
+        windows[self._trainer.global_rank] = own
+        if from_all and self._processes is not None:
+            windows = self._processes.gather(apply_to_collection(own, Tensor, lambda tensor: tensor.cpu()))
+        # A live window is the same on all of them.
         live = {} if self._live is None else self._live.state_dict()
-        return {"windows": self._windows.state_dict(), "drawn": self._drawn, "live": live}
+        return {"windows": windows, "drawn": self._drawn, "live": live}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        self._windows.load_state_dict(state["windows"], self._module.device)
+        # Every process remembers its own; with another number of them, they begin anew.
+        alike = len(state["windows"]) == self._trainer.world_size
+        own = state["windows"][self._trainer.global_rank] if alike else None
+        self._windows.load_state_dict(own or {}, self._module.device)
         self._drawn = state["drawn"]
         if self._live is not None:
             self._live.load_state_dict(state["live"])

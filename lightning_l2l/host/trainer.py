@@ -130,6 +130,12 @@ def overrides(module: nn.Module, hook: str) -> bool:
     return not home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
 
 
+def changes_averaging(strategy: Any) -> bool:
+    """Whether a DDP strategy was asked for something else than the mean of the gradients over the processes."""
+    names = ("_ddp_comm_hook", "_ddp_comm_state", "_ddp_comm_wrapper", "_model_averaging_period")
+    return any(getattr(strategy, name, None) is not None for name in names)
+
+
 def is_stub(optimizer: Any) -> bool:
     """Whether ``configure_optimizers`` returned nothing and Lightning put its stand-in there."""
     return type(optimizer).__name__ == "_MockOptimizer"

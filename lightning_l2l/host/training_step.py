@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_l2l.core.processes import StepSkippedError
 from lightning_l2l.host.trainer import training_step_arguments
 
 if TYPE_CHECKING:
@@ -29,10 +30,6 @@ class Window:
 
     batches: tuple[tuple[Any, int], ...]
     divisor: int
-
-
-class StepSkippedError(TypeError):
-    """``training_step`` returned ``None``: legal in Lightning, but nothing to differentiate."""
 
 
 class _Cloneable(ABC):  # noqa: B024  (it only recognises)

@@ -19,10 +19,12 @@ class RememberedWindows:
 
     Args:
         length: How many optimizer steps to remember.
+        shares: By how many processes the room in a checkpoint is shared.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, shares: int = 1) -> None:
         self.length = length
+        self._largest_saved = _LARGEST_SAVED // shares
         self._windows: deque[Window] = deque(maxlen=length)
         self._open: list[tuple[Any, int]] = []
 
@@ -69,7 +71,7 @@ class RememberedWindows:
         windows = [{"batches": list(window.batches), "divisor": window.divisor} for window in self._windows]
         state: dict[str, Any] = {"windows": windows, "open": list(self._open)}
         size = _plain_size(state)
-        if size is None or size > _LARGEST_SAVED:
+        if size is None or size > self._largest_saved:
             return {}
         # Checkpoints are loaded to the CPU; a batch may have tensors there on purpose (lengths of sequences).
         state["on_device"] = [tensor.device.type != "cpu" for tensor in _tensors(state)]

@@ -88,6 +88,7 @@ class Adjoint:
     """The derivative of the meta-objective with respect to the iterate, on its way from the last step to the first.
 
     Args:
+        step: The inner training step.
         meta: The meta-parameters.
 
     Attributes:
@@ -95,7 +96,8 @@ class Adjoint:
         first_norm: The same after the first step that it has reached so far.
     """
 
-    def __init__(self, meta: Sequence[Tensor]) -> None:
+    def __init__(self, step: InnerStep, meta: Sequence[Tensor]) -> None:
+        self._step = step
         self._meta = list(meta)
         self._totals = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in meta]
         self._vector: ScaledVector | None = None
@@ -122,11 +124,10 @@ class Adjoint:
     def _pull(self, record: Record, vector: ScaledVector) -> ScaledVector:
         exponent = vector.exponent - record.rescaling
         pairs = [(out, v) for out, v in zip(record.outputs, vector.tensors, strict=True) if out.requires_grad]
-        pulled = torch.autograd.grad(
-            [out for out, _ in pairs],
-            [*record.inputs, *self._meta],
-            [v for _, v in pairs],
-            allow_unused=True,
+        inputs = [*record.inputs, *self._meta]
+        pulled = self._step.average(
+            lambda: torch.autograd.grad([out for out, _ in pairs], inputs, [v for _, v in pairs], allow_unused=True),
+            inputs,
         )
         count = len(record.inputs)
         for index, gradient in enumerate(pulled[count:]):

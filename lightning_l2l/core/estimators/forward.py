@@ -13,7 +13,8 @@ operation that has a second derivative, works under autocast, and costs less. So
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,13 +101,14 @@ def advance(
     """
     moving = any(tangent is not None for tangent in tangents)
     gradients = step.gradients(loss, iterate, create_graph=step.second_order and moving)
-    last = len(directions) - 1
-    curvatures = [
-        hessian_vector_product(gradients, iterate.parameters, tangent, keep_graph=index < last)
-        if step.second_order
-        else dict.fromkeys(gradients)
-        for index, tangent in enumerate(tangents)
-    ]
+    curvatures: list[Mapping[str, Tensor | None]] = []
+    for index, tangent in enumerate(tangents):
+        if not step.second_order or tangent is None:
+            curvatures.append(dict.fromkeys(gradients))
+            continue
+        keep_graph = index < len(directions) - 1
+        product = partial(hessian_vector_product, gradients, iterate.parameters, tangent, keep_graph=keep_graph)
+        curvatures.append(averaged(step, product, iterate))
     return pushed(step, iterate, gradients, meta, directions, tangents, curvatures)
 
 
@@ -184,10 +186,23 @@ def rescale(
     return following, moved, log_scale + exponent * math.log(2.0)
 
 
+def averaged(
+    step: InnerStep, compute: Callable[[], Mapping[str, Tensor | None]], iterate: Iterate
+) -> dict[str, Tensor | None]:
+    """What every process computes for each parameter, as a mean over them."""
+    names = list(iterate.parameters)
+
+    def here() -> list[Tensor | None]:
+        found = compute()
+        return [found.get(name) for name in names]
+
+    return dict(zip(names, step.average(here, list(iterate.parameters.values())), strict=True))
+
+
 def hessian_vector_product(
     gradients: Mapping[str, Tensor | None],
     parameters: Mapping[str, Tensor],
-    tangent: ScaledVector | None,
+    tangent: ScaledVector,
     *,
     keep_graph: bool,
 ) -> dict[str, Tensor | None]:
@@ -196,11 +211,9 @@ def hessian_vector_product(
     Args:
         gradients: With their graph.
         parameters: What they were taken by.
-        tangent: Its first tensors are the parameters'; ``None`` for zero.
+        tangent: Its first tensors are the parameters'.
         keep_graph: Whether the graph, the loss's included, is needed again.
     """
-    if tangent is None:
-        return dict.fromkeys(gradients)
     along = dict(zip(parameters, tangent.tensors, strict=False))
     pairs = [(g, along[name]) for name, g in gradients.items() if g is not None and g.requires_grad]
     if not pairs:  # a loss that is linear in the parameters

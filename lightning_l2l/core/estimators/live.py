@@ -16,6 +16,7 @@ are there, :meth:`LiveUnroll.after_step`, and :meth:`LiveUnroll.result` at the e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import optree
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.core.estimators.forward import (
+    averaged,
     by_name,
     directions_of,
     hessian_vector_product,
@@ -99,7 +101,7 @@ class LiveUnroll:
         names = list(parameters)
         found = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, allow_unused=True)
         gradients = dict(zip(names, found, strict=True))
-        for index, tangent in enumerate(self._tangents):
+        for index, tangent in enumerate(self.tangents):
             # The training needs the graph of the loss again.
             product = hessian_vector_product(gradients, parameters, tangent, keep_graph=True)
             self._curvatures[index] = _sum(self._curvatures[index], product, 1.0 / scale)
@@ -114,9 +116,11 @@ class LiveUnroll:
 
         Args:
             iterate: Parameters and optimizer state before the step; neither is changed nor kept.
-            gradients: What the optimizer is given, before clipping.
+            gradients: What the optimizer is given, before clipping; with several processes, already their mean.
         """
-        curvatures = [{name: change.get(name) for name in gradients} for change in self._curvatures]
+        curvatures: list[MaybeTensors] = [dict.fromkeys(gradients) for _ in self._directions]
+        if self.needs_graph:
+            curvatures = [averaged(self._step, partial(dict, change), iterate) for change in self._curvatures]
         _, self._pending = pushed(
             self._step, iterate, gradients, self._meta, self._directions, self._tangents, curvatures
         )

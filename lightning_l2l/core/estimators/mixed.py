@@ -50,8 +50,13 @@ def mixed(
         The estimate, with the value and the iterate of one more particle that is not perturbed.
 
     Raises:
-        ValueError: A single pair of particles, whose scatter is not known.
+        ValueError: A single pair of particles, whose scatter is not known; or a data-parallel training.
     """
+    if step.processes is not None:
+        raise ValueError(
+            "estimator='mixed' back-propagates through a whole unroll at once, and that does not reach the batches of "
+            "the other processes. Use 'reverse' or 'es' in a data-parallel training."
+        )
     particles = (particles or Particles()).seeded()
     assert particles.seed is not None
     if particles.count < 4:

@@ -179,13 +179,26 @@ class _Mapped:
         def one(parameters: Tensors, buffers: Tensors) -> tuple[list[Tensor], list[Tensor], Tensors]:
             with nullcontext() if differentiable else torch.no_grad():
                 place = [Iterate(parameters, None, _copies(buffers)) for _ in meta_batches]
-                judged = [self.step.evaluate(at, batch) for at, batch in zip(place, meta_batches, strict=True)]
+                judged = [self.step.evaluate_here(at, batch) for at, batch in zip(place, meta_batches, strict=True)]
             own = _copies(buffers)
-            losses = [self.step.evaluate(Iterate(parameters, None, own), batch) for batch in batches]
+            losses = [self.step.evaluate_here(Iterate(parameters, None, own), batch) for batch in batches]
             return judged, losses, own
 
-        judged, losses, buffers = self._over_particles(one, iterate.parameters, iterate.buffers)
-        return judged, losses, _copies(buffers)
+        # The processes meet outside of vmap, once for all particles.
+        self.step.share_buffers(iterate)
+        arrived: list[Tensors] = []
+
+        def here() -> list[Tensor]:
+            judged, losses, buffers = self._over_particles(one, iterate.parameters, iterate.buffers)
+            arrived[:] = [buffers]
+            return [*judged, *losses]
+
+        if self.step.processes is None:
+            found: Sequence[Any] = here()
+        else:
+            like = iterate.leaves()[0].new_zeros(len(iterate.leaves()[0]), dtype=torch.float64)
+            found = self.step.processes.shared(here, [like] * (len(meta_batches) + len(batches)))
+        return list(found[: len(meta_batches)]), list(found[len(meta_batches) :]), _copies(arrived[0])
 
     def update(self, iterate: Iterate, gradients: Mapping[str, Tensor | None], meta: Mapping[str, Tensor]) -> Iterate:
         """The next iterate of each particle; the buffers stay."""

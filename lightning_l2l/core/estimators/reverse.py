@@ -60,7 +60,7 @@ def reverse(
             record.injection = injection(iterate, slopes, *tally.add(taken, meta_loss, log_scale))
         records.append(record)
 
-    adjoint = Adjoint(list(meta.values()))
+    adjoint = Adjoint(step, list(meta.values()))
     adjoint.carry_back(records)
     growth = rate_per_step(adjoint.last_norm, adjoint.first_norm, len(batches) - 1)
     return tally.result("reverse", reason, dict(zip(meta, adjoint.gradients(), strict=True)), growth), iterate

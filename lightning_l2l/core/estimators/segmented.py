@@ -99,7 +99,7 @@ def segmented(
             slopes[taken] = tally.add(taken, step.evaluate(iterate.fresh(), meta_batch), log_scale)
     del loss
 
-    adjoint = Adjoint(list(meta.values()))
+    adjoint = Adjoint(step, list(meta.values()))
     arrived = RandomState.now(devices)
     replayed: list[Tensor] = []
     while complete and checkpoints:

@@ -1,0 +1,259 @@
+"""Several processes learn what a single one would learn from all their batches, and never wait for each other forever.
+
+Processes that hang fail a test after a time that no run takes.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import distributed_runs as runs
+import lightning.pytorch as pl
+import pytest
+import pytorch_lightning
+import torch
+from helpers import difference, learner
+from launch import launch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from test_refusals import ABSTRACT
+
+from lightning_l2l import LearnToLearn
+from lightning_l2l.host.refusals import refuse_strategy
+
+
+def equal_on_all(results: list[Any]) -> dict[str, Any]:
+    """The result, if every process came back with the same one to the last bit."""
+    assert not any(isinstance(result, str) for result in results), results
+    for result in results[1:]:
+        assert not difference(results[0], result)
+    return results[0]
+
+
+def agrees_with_joined(results: list[Any], single: dict[str, Any]) -> None:
+    """Within 1e-6: the promise. The runs are in double precision, so that what is measured is not rounding."""
+    found = equal_on_all(results)
+    assert len(found["history"]) == len(single["history"]) > 2
+    for record, expected in zip(found["history"], single["history"], strict=True):
+        assert record["diagnostics"]["estimator"] == expected["diagnostics"]["estimator"]
+        assert record["meta_objective"] == pytest.approx(expected["meta_objective"], rel=1e-6)
+        assert record["learning_rates"] == pytest.approx(expected["learning_rates"], rel=1e-6)
+        assert record["diagnostics"]["losses"] == pytest.approx(expected["diagnostics"]["losses"], rel=1e-6)
+        for name, gradient in expected["meta_gradient"].items():
+            assert record["meta_gradient"][name] == pytest.approx(gradient, rel=1e-6)
+    for name, value in single["state"].items():
+        assert torch.allclose(found["state"][name], value, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("sgd", {}),
+        ("adam", {}),
+        ("sgd", {"accumulate_grad_batches": 2, "max_epochs": 3}),
+        ("adam", {"gradient_clip_val": 0.1}),
+    ],
+    ids=["momentum", "adam", "accumulation", "clipping"],
+)
+def test_the_meta_gradient_is_that_of_the_joined_batch(
+    tmp_path: Path, optimizer: str, options: dict[str, Any], estimator: str
+) -> None:
+    several = launch(tmp_path, runs.fit, 2, optimizer, options, estimator)
+    agrees_with_joined(several, runs.fit(1, optimizer, options, estimator))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+def test_the_meta_gradient_of_four_processes_is_that_of_the_joined_batch(tmp_path: Path, estimator: str) -> None:
+    several = launch(tmp_path, runs.fit, 4, "adam", {}, estimator, count=4)
+    agrees_with_joined(several, runs.fit(1, "adam", {}, estimator))
+
+
+@pytest.mark.parametrize("estimator", ["auto", "segmented"])
+def test_long_unrolls_of_many_meta_parameters_choose_the_same_estimator(tmp_path: Path, estimator: str) -> None:
+    several = launch(tmp_path, runs.fit_per_tensor, 2, 16, estimator)
+    agrees_with_joined(several, runs.fit_per_tensor(1, 16, estimator))
+
+
+def test_evolution_strategies_perturb_alike_on_all_processes(tmp_path: Path) -> None:
+    found = equal_on_all(launch(tmp_path, runs.fit, 2, "sgd", {}, "es"))
+    exact = runs.fit(1, "sgd", {}, "forward")
+    # 16 pairs: a noisy estimate of nearly the same number.
+    first, expected = (result["history"][0]["meta_gradient"]["learning_rate"][0] for result in (found, exact))
+    assert first == pytest.approx(expected, rel=0.5)
+    assert found["history"][0]["meta_objective"] == pytest.approx(exact["history"][0]["meta_objective"], rel=1e-6)
+
+
+def test_parameters_without_a_gradient_are_those_of_the_run(tmp_path: Path) -> None:
+    for estimator in ("forward", "reverse"):
+        found = equal_on_all(launch(tmp_path, runs.fit_partly_used, estimator))
+        # Lightning's own gradients: never for the layer that no process uses; zeros where the other one uses it.
+        assert all("never.weight" not in names for names in found["gradients"])
+        assert [record["diagnostics"]["note"] for record in found["history"]] == [""] * len(found["history"])
+        # The unroll's losses are those of the run: means over the processes.
+        assert len(found["history"]) == 2
+
+
+def test_a_loss_that_is_not_finite_on_one_process_halves_the_rate_on_all(tmp_path: Path) -> None:
+    for when in ("unroll", "held out"):
+        found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "nan", when))
+        rates = [record["learning_rates"][0] for record in found["history"]]
+        assert rates == pytest.approx([0.1 * 0.5 ** (n + 1) for n in range(len(rates))])
+        assert all("halved" in record["diagnostics"]["note"] for record in found["history"])
+
+
+def test_a_batch_that_is_not_finite_on_one_process_ends_no_run(tmp_path: Path) -> None:
+    found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "nan", "always"))
+    assert found["history"] and math.isnan(found["history"][-1]["meta_objective"])
+
+
+def test_a_held_out_batch_that_one_process_skips_is_skipped_by_all(tmp_path: Path) -> None:
+    found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "none", "held out"))
+    assert found["rates"] == [0.1]
+    assert all("the rate was kept" in record["diagnostics"]["note"] for record in found["history"])
+
+
+def test_what_counts_is_whether_the_mean_of_the_losses_is_negative(tmp_path: Path) -> None:
+    # Losses are about 1: minus 1.5 on one process leaves a mean of about 0.3, minus 50 does not.
+    for shift, note in (("1.5", ""), ("50", "the rate was kept")):
+        found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, shift, "held out"))
+        assert found["history"] and all(note in record["diagnostics"]["note"] for record in found["history"])
+        assert (note == "") == all(record["diagnostics"]["note"] == "" for record in found["history"])
+
+
+@pytest.mark.parametrize(
+    ("what", "when", "estimator", "message"),
+    [
+        ("raise", "unroll", "forward", "ValueError: a bad batch"),
+        ("raise", "held out", "reverse", "ValueError: a bad batch"),
+        ("raise", "unroll", "es", "ValueError: a bad batch"),
+        ("curvature", "unroll", "forward", "ValueError: no second derivative today"),
+        ("curvature", "unroll", "reverse", "ValueError: no second derivative today"),
+    ],
+)
+def test_an_exception_on_one_process_ends_the_run_on_all(
+    tmp_path: Path, what: str, when: str, estimator: str, message: str
+) -> None:
+    first, second = launch(tmp_path, runs.fit_with_trouble, what, when, estimator)
+    assert second == message
+    assert first == f"ElsewhereError: Process 1 failed, so process 0 cannot go on. {message}"
+
+
+def test_held_out_data_that_dies_on_one_process_ends_the_run_on_all(tmp_path: Path) -> None:
+    first, second = launch(tmp_path, runs.fit_with_dying_data)
+    assert second == "OSError: the disk is gone"
+    assert first.startswith("ElsewhereError: Process 1 failed") and first.endswith(second)
+
+
+def test_the_initial_search_finds_the_same_rate_on_all_processes(tmp_path: Path) -> None:
+    found = equal_on_all(launch(tmp_path, runs.fit_with_search, 2))
+    alone = runs.fit_with_search(1)
+    assert found["search"].learning_rate is not None and len(found["search"].losses) > 4
+    # The same examples in another order, so nearly the same losses: within a half-decade of the grid.
+    ratio = found["search"].learning_rate / alone["search"].learning_rate
+    assert 10**-0.6 < ratio < 10**0.6
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+def test_a_distributed_run_without_learning_is_unchanged_bit_for_bit(
+    tmp_path: Path, estimator: str, strategy: str
+) -> None:
+    without = launch(tmp_path, runs.unchanged, False, estimator, strategy)
+    observed = launch(tmp_path, runs.unchanged, True, estimator, strategy)
+    for expected, found in zip(without, observed, strict=True):
+        assert not isinstance(found, str), found
+        assert found["updates"] > 2
+        assert not difference(expected["outcome"], found["outcome"])
+    # The processes' generators differed, so the test would see if ours replaced one by another's.
+    assert difference(without[0]["outcome"]["torch"], without[1]["outcome"]["torch"])
+
+
+@pytest.mark.parametrize("meta_data", ["val", "train"])
+def test_a_resumed_distributed_run_equals_the_uninterrupted_one(tmp_path: Path, meta_data: str) -> None:
+    whole = equal_on_all(launch(tmp_path, runs.fit_and_save, 2, tmp_path, meta_data))
+    # Step 6 lies in the middle of a window, with batches remembered that differ by process.
+    resumed = equal_on_all(launch(tmp_path, runs.resume, 2, tmp_path / "step=6.ckpt", meta_data))
+    assert len(whole["history"]) > 2
+    assert not difference(whole, resumed)
+
+
+def test_a_run_that_is_resumed_with_another_number_of_processes_remembers_anew(tmp_path: Path) -> None:
+    whole = equal_on_all(launch(tmp_path, runs.fit_and_save, 2, tmp_path))
+    (alone,) = launch(tmp_path, runs.resume, 1, tmp_path / "step=6.ckpt", count=1)
+    assert alone["history"][0] == whole["history"][0] and len(alone["history"]) > 2
+    more = equal_on_all(launch(tmp_path, runs.resume, 3, tmp_path / "step=6.ckpt", count=3))
+    assert more["history"][0] == whole["history"][0] and len(more["history"]) > 1
+
+
+def test_a_fit_that_goes_on_in_the_same_processes_goes_on_learning(tmp_path: Path) -> None:
+    found = equal_on_all(launch(tmp_path, runs.fit_twice))
+    assert [record["step"] for record in found["history"]] == [4, 8, 12, 16]
+    assert len(found["history"][1]["diagnostics"]["losses"]) == 3
+
+
+def test_a_neural_optimizer_starts_from_the_same_weights_on_all_processes(tmp_path: Path) -> None:
+    results = launch(tmp_path, runs.fit_neural)
+    assert difference(results[0].pop("before"), results[1].pop("before"))
+    found = equal_on_all(results)
+    assert found["history"] and math.isfinite(found["history"][-1]["meta_objective"])
+
+
+def test_processes_that_lightning_starts_return_what_was_logged(tmp_path: Path) -> None:
+    (result,) = launch(tmp_path, runs.spawned, "ddp_fork", count=1)
+    assert not isinstance(result, str), result
+    # Learned in the children: the weights and the logged values come back, the callback's own state does not.
+    assert result["metrics"]["l2l/learning_rate"] != 0.1 and result["history"] == []
+    pickle.loads(pickle.dumps(learner()))  # what ddp_spawn sends to them
+
+
+def test_tasks_differ_by_process_and_the_learned_optimizer_does_not(tmp_path: Path) -> None:
+    results = launch(tmp_path, runs.meta_train, 2)
+    assert not any(isinstance(result, str) for result in results), results
+    first, second = results
+    assert not difference(first["learned"], second["learned"]) and not difference(
+        first["gradients"], second["gradients"]
+    )
+    assert all(left != right for left, right in zip(first["objectives"], second["objectives"], strict=True))
+    # Process 0 alone draws the same tasks as the only process of a run on one device.
+    alone = runs.meta_train(1)
+    assert alone["objectives"][0] == first["objectives"][0]
+    assert difference(alone["gradients"][0], first["gradients"][0])
+
+
+def strategy_called(name: str, *bases: type) -> Any:
+    return type(name, bases, {"__init__": lambda self: None, **ABSTRACT})()
+
+
+@pytest.mark.parametrize("namespace", [pl, pytorch_lightning])
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAStrategy"])
+def test_strategies_without_whole_parameters_are_refused_by_name(namespace: Any, name: str) -> None:
+    real = getattr(namespace.strategies, name)
+    strategy = object.__new__(type("TheUsersOwn", (real,), {}))
+    with pytest.raises(MisconfigurationException, match="TheUsersOwn: .*strategy='ddp'"):
+        refuse_strategy(SimpleNamespace(strategy=strategy))
+
+
+@pytest.mark.parametrize("namespace", [pl, pytorch_lightning])
+def test_data_parallel_strategies_are_accepted(namespace: Any) -> None:
+    for start_method in ("popen", "spawn", "fork"):
+        refuse_strategy(SimpleNamespace(strategy=namespace.strategies.DDPStrategy(start_method=start_method)))
+    own = type("RayDDPStrategy", (DDPStrategy,), {})
+    refuse_strategy(SimpleNamespace(strategy=own()))
+
+
+@pytest.mark.parametrize("option", [{"ddp_comm_hook": print}, {"model_averaging_period": 2}])
+def test_what_replaces_the_mean_of_the_gradients_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(MisconfigurationException, match="communication hook"):
+        refuse_strategy(SimpleNamespace(strategy=DDPStrategy(**option)))
+
+
+def test_the_mixed_estimator_is_refused_with_several_processes(tmp_path: Path) -> None:
+    for message in launch(tmp_path, runs.fit, 2, "sgd", {}, "mixed"):
+        assert message.startswith("MisconfigurationException: LearnToLearn(estimator='mixed')")
+    assert LearnToLearn(estimator="mixed").settings.estimator == "mixed"  # one process may
