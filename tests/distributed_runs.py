@@ -83,6 +83,22 @@ def fit_per_tensor(count: int, steps: int, estimator: str) -> dict[str, Any]:
     return fit(count, "sgd", {"max_epochs": 12}, estimator, learned=learned, unroll_steps=steps, every_n_steps=16)
 
 
+class Gathers(Deep):
+    """A loss over the outputs of all processes, as contrastive ones are."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        outputs = self.all_gather(self.net(batch[0]), sync_grads=True).reshape(-1, 3)
+        return (outputs @ outputs.T).square().mean()
+
+
+def fit_gathering(count: int, estimator: Any) -> dict[str, Any]:
+    callback = learner(meta_data=held_out(count), estimator=estimator)
+    module = Gathers(OPTIMIZERS["sgd"])
+    options = {"precision": "64-true", "use_distributed_sampler": False}
+    trainer_for(count, callback, **options).fit(module, parts(count), loader(8, seed=1))
+    return result_of(callback, module)
+
+
 class Somewhere(Deep):
     """Does something to the loss on one process, with some batches only."""
 
@@ -94,8 +110,14 @@ class Somewhere(Deep):
         loss = self.loss(batch)
         unrolled = not isinstance(self.net[0].weight, nn.Parameter)
         held_out = unrolled and bool((batch[0][:, 0] > 50).any())
-        due = self.trainer.global_step >= 2 and {"unroll": unrolled and not held_out, "held out": held_out}.get(
-            self.when, self.when == "always"
+        due = (
+            self.trainer.global_step >= 2
+            and {
+                "unroll": unrolled and not held_out,
+                "held out": held_out,
+                "training": not unrolled,
+                "always": True,
+            }[self.when]
         )
         if self.global_rank != 1 or not due:
             return loss
@@ -179,27 +201,28 @@ def fit_with_search(count: int) -> dict[str, Any]:
 
 
 class OnlyOnFirst(Deep):
-    """Two layers that hardly any process uses: one not at all, one in every second step of process 0."""
+    """Two more layers: one that no process uses, one that process 0 uses in every second step."""
 
-    def __init__(self) -> None:
-        super().__init__(OPTIMIZERS["sgd"])
+    def __init__(self, count: int) -> None:
+        super().__init__(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1))
+        self.count = count
         self.extra, self.never = nn.Linear(6, 3), nn.Linear(6, 3)
-        with torch.no_grad():
-            for parameter in [*self.extra.parameters(), *self.never.parameters()]:
-                parameter.fill_(0.1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         if self.global_rank == 0 and batch_idx % 2 == 0:
-            loss = loss + functional.cross_entropy(self.extra(batch[0]), batch[1])
+            own = [part[: 16 // 2] for part in batch]  # of a single process, what would be that of process 0
+            loss = loss + functional.cross_entropy(self.extra(own[0]), own[1]) * self.count / 2
         return loss
 
 
-def fit_partly_used(estimator: Any) -> dict[str, Any]:
-    witness, callback = Witness(), learner(meta_data="train", unroll_steps=3, estimator=estimator)
-    module = OnlyOnFirst()
-    options = {"strategy": "ddp_find_unused_parameters_true", "max_epochs": 1, "precision": "64-true"}
-    trainer_for(2, callback, witness, **options).fit(module, **halves(2))
+def fit_partly_used(count: int, estimator: Any) -> dict[str, Any]:
+    witness, callback = Witness(), learner(meta_data="train", unroll_steps=4, every_n_steps=5, estimator=estimator)
+    module = OnlyOnFirst(count)
+    options: dict[str, Any] = {"max_epochs": 4, "precision": "64-true", "use_distributed_sampler": False}
+    if count > 1:
+        options["strategy"] = "ddp_find_unused_parameters_true"
+    trainer_for(count, callback, witness, **options).fit(module, parts(count), loader(8, seed=1))
     return {**result_of(callback, module), "gradients": [sorted(found) for found in witness.gradients]}
 
 

@@ -89,14 +89,20 @@ def test_evolution_strategies_perturb_alike_on_all_processes(tmp_path: Path) -> 
     assert found["history"][0]["meta_objective"] == pytest.approx(exact["history"][0]["meta_objective"], rel=1e-6)
 
 
-def test_parameters_without_a_gradient_are_those_of_the_run(tmp_path: Path) -> None:
-    for estimator in ("forward", "reverse"):
-        found = equal_on_all(launch(tmp_path, runs.fit_partly_used, estimator))
-        # Lightning's own gradients: never for the layer that no process uses; zeros where the other one uses it.
-        assert all("never.weight" not in names for names in found["gradients"])
-        assert [record["diagnostics"]["note"] for record in found["history"]] == [""] * len(found["history"])
-        # The unroll's losses are those of the run: means over the processes.
-        assert len(found["history"]) == 2
+@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+def test_parameters_that_some_processes_do_not_use_move_as_in_the_run(tmp_path: Path, estimator: str) -> None:
+    single = runs.fit_partly_used(1, estimator)
+    several = launch(tmp_path, runs.fit_partly_used, 2, estimator)
+    agrees_with_joined(several, single)
+    # Without a gradient, torch's SGD leaves a parameter alone; with a gradient of zero, it decays.
+    used = ["extra.weight" in names for names in several[0]["gradients"]]
+    assert used == [True, False] * (len(used) // 2) and not any("never.weight" in n for n in several[0]["gradients"])
+
+
+@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+def test_a_step_that_gathers_from_other_processes_is_looked_ahead_too(tmp_path: Path, estimator: str) -> None:
+    several = launch(tmp_path, runs.fit_gathering, 2, estimator)
+    agrees_with_joined(several, runs.fit_gathering(1, estimator))
 
 
 def test_a_loss_that_is_not_finite_on_one_process_halves_the_rate_on_all(tmp_path: Path) -> None:
@@ -144,6 +150,12 @@ def test_an_exception_on_one_process_ends_the_run_on_all(
     assert first == f"ElsewhereError: Process 1 failed, so process 0 cannot go on. {message}"
 
 
+def test_an_exception_in_the_training_itself_ends_the_run_as_without_the_callback(tmp_path: Path) -> None:
+    first, second = launch(tmp_path, runs.fit_with_trouble, "raise", "training")
+    assert second == "ValueError: a bad batch"
+    assert first.startswith("RuntimeError") and "ElsewhereError" not in first  # gloo's: the other side is gone
+
+
 def test_held_out_data_that_dies_on_one_process_ends_the_run_on_all(tmp_path: Path) -> None:
     first, second = launch(tmp_path, runs.fit_with_dying_data)
     assert second == "OSError: the disk is gone"
@@ -189,6 +201,16 @@ def test_a_run_that_is_resumed_with_another_number_of_processes_remembers_anew(t
     assert alone["history"][0] == whole["history"][0] and len(alone["history"]) > 2
     more = equal_on_all(launch(tmp_path, runs.resume, 3, tmp_path / "step=6.ckpt", count=3))
     assert more["history"][0] == whole["history"][0] and len(more["history"]) > 1
+
+
+def test_processes_that_remember_unequally_look_ahead_equally_far(tmp_path: Path) -> None:
+    whole = equal_on_all(launch(tmp_path, runs.fit_and_save, 2, tmp_path))
+    checkpoint = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    checkpoint["callbacks"]["LearnToLearn"]["windows"][1] = {}
+    torch.save(checkpoint, tmp_path / "forgetful.ckpt")
+    resumed = equal_on_all(launch(tmp_path, runs.resume, 2, tmp_path / "forgetful.ckpt"))
+    lengths = [[len(record["diagnostics"]["losses"]) for record in found["history"]] for found in (whole, resumed)]
+    assert lengths == [[3, 3, 3, 3], [3, 2, 3, 3]]
 
 
 def test_a_fit_that_goes_on_in_the_same_processes_goes_on_learning(tmp_path: Path) -> None:
