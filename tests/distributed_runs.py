@@ -6,7 +6,7 @@ import math
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_l2l import LearnToLearn, MetaTraining, MLPOptimizer
 from lightning_l2l.core.inner import inner_optimizer
@@ -191,6 +192,41 @@ class DiesOnOne(torch.utils.data.Dataset):
 
 def fit_with_dying_data() -> Any:
     trainer_for(2, learner(meta_data=DataLoader(DiesOnOne(), 8))).fit(Deep(), **halves(2))
+
+
+class Noted(torch.utils.data.Dataset):
+    """Held-out examples that are marked with their number."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = examples(64, seed=2)[index]
+        return torch.cat([torch.tensor([1000.0 + index]), inputs[1:]]), target
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return (Noted()[index] for index in range(64))
+
+
+class Notes(Deep):
+    seen: ClassVar[list[int]] = []  # not an attribute of the module: that would be put back
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.extend(round(float(mark)) - 1000 for mark in batch[0][:, 0] if mark > 500)
+        return self.loss(batch)
+
+
+def judged_by(kind: str) -> list[int]:
+    """The numbers of the held-out examples that this process looked at."""
+    sampler = None
+    if kind == "sharded":
+        sampler = DistributedSampler(Noted(), num_replicas=2, rank=int(os.environ["LOCAL_RANK"]), shuffle=False)
+    meta_data = DataLoader(Stream() if kind == "iterable" else Noted(), 4, sampler=sampler)
+    module = Notes()
+    trainer_for(2, learner(meta_data=meta_data)).fit(module, **halves(2))
+    return module.seen
 
 
 def fit_with_search(count: int) -> dict[str, Any]:

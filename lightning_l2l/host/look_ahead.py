@@ -106,7 +106,7 @@ class LookAhead:
         learned, state = self._applied.unrolled()
         step = self._trainer.global_step
         # Perturbations are the same on each process, unlike everything else that is drawn.
-        particles = None if self._processes is None else Particles(seed=self._settings.seed + step)
+        particles = Particles(seed=self._settings.seed + step)
         with invisible(self._trainer, self._module, self._seed + step):
             result = meta_gradient(
                 self._loss,
