@@ -167,7 +167,7 @@ class Marked(torch.utils.data.Dataset):
         return torch.cat([torch.tensor([100.0]), inputs[1:]]), target
 
 
-def fit_with_trouble(what: str, when: str, estimator: Any = "auto") -> dict[str, Any]:
+def fit_with_trouble(what: str, when: str, estimator: Any = "forward") -> dict[str, Any]:
     callback = learner(meta_data=DataLoader(Marked(), 8), estimator=estimator)
     module = Somewhere(what, when)
     trainer_for(2, callback).fit(module, **halves(2))
@@ -273,9 +273,9 @@ def unchanged(with_callback: bool, estimator: str, strategy: str) -> dict[str, A
     return {"outcome": outcome(trainer, module), "updates": len(callbacks[0].history) if callbacks else 0}
 
 
-def fit_and_save(count: int, folder: Path, meta_data: Any = "val") -> dict[str, Any]:
+def fit_and_save(count: int, folder: Path, meta_data: Any = "val", estimator: Any = "auto") -> dict[str, Any]:
     """Saves in the middle of a window, and goes on."""
-    callback = learner(every_n_steps=4, unroll_steps=3, meta_data=meta_data)
+    callback = learner(every_n_steps=4, unroll_steps=3, meta_data=meta_data, estimator=estimator)
     saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     module = Deep(OPTIMIZERS["adam"])
     options = {"enable_checkpointing": True, "max_epochs": 3}
@@ -283,8 +283,8 @@ def fit_and_save(count: int, folder: Path, meta_data: Any = "val") -> dict[str, 
     return result_of(callback, module)
 
 
-def resume(count: int, path: Path, meta_data: Any = "val") -> dict[str, Any]:
-    callback = learner(every_n_steps=4, unroll_steps=3, meta_data=meta_data)
+def resume(count: int, path: Path, meta_data: Any = "val", estimator: Any = "auto") -> dict[str, Any]:
+    callback = learner(every_n_steps=4, unroll_steps=3, meta_data=meta_data, estimator=estimator)
     module = Deep(OPTIMIZERS["adam"])
     trainer_for(count, callback, max_epochs=3).fit(module, **halves(2), ckpt_path=path)
     return result_of(callback, module)

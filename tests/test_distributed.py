@@ -62,7 +62,7 @@ SLOW = {("accumulation", "reverse"), ("clipping", "forward")}
     [
         pytest.param(setting, estimator, marks=[pytest.mark.slow] if (setting, estimator) in SLOW else [])
         for setting in SETTINGS
-        for estimator in ("forward", "reverse")
+        for estimator in ("forward", "reverse", "live")
     ],
 )
 def test_the_meta_gradient_is_that_of_the_joined_batch(tmp_path: Path, setting: str, estimator: str) -> None:
@@ -72,7 +72,7 @@ def test_the_meta_gradient_is_that_of_the_joined_batch(tmp_path: Path, setting: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse", "live"])
 def test_the_meta_gradient_of_four_processes_is_that_of_the_joined_batch(tmp_path: Path, estimator: str) -> None:
     several = launch(tmp_path, runs.fit, 4, "adam", {}, estimator, count=4)
     agrees_with_joined(several, runs.fit(1, "adam", {}, estimator))
@@ -88,7 +88,7 @@ def test_evolution_strategies_perturb_alike_on_all_processes(tmp_path: Path) -> 
     agrees_with_joined(launch(tmp_path, runs.fit, 2, "sgd", {}, "es"), runs.fit(1, "sgd", {}, "es"))
 
 
-@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse", "live"])
 def test_parameters_that_some_processes_do_not_use_move_as_in_the_run(tmp_path: Path, estimator: str) -> None:
     single = runs.fit_partly_used(1, estimator)
     several = launch(tmp_path, runs.fit_partly_used, 2, estimator)
@@ -98,27 +98,29 @@ def test_parameters_that_some_processes_do_not_use_move_as_in_the_run(tmp_path: 
     assert used == [True, False] * (len(used) // 2) and not any("never.weight" in n for n in several[0]["gradients"])
 
 
-@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse", "live"])
 def test_a_step_that_gathers_from_other_processes_is_looked_ahead_too(tmp_path: Path, estimator: str) -> None:
     several = launch(tmp_path, runs.fit_gathering, 2, estimator)
     agrees_with_joined(several, runs.fit_gathering(1, estimator))
 
 
 def test_a_loss_that_is_not_finite_on_one_process_halves_the_rate_on_all(tmp_path: Path) -> None:
-    for when in ("unroll", "held out"):
-        found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "nan", when))
+    for when, estimator in (("unroll", "forward"), ("held out", "reverse"), ("held out", "live")):
+        found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "nan", when, estimator))
         rates = [record["learning_rates"][0] for record in found["history"]]
         assert rates == pytest.approx([0.1 * 0.5 ** (n + 1) for n in range(len(rates))])
         assert all("halved" in record["diagnostics"]["note"] for record in found["history"])
 
 
-def test_a_batch_that_is_not_finite_on_one_process_ends_no_run(tmp_path: Path) -> None:
-    found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "nan", "always"))
+@pytest.mark.parametrize("estimator", ["forward", "live"])
+def test_a_batch_that_is_not_finite_on_one_process_ends_no_run(tmp_path: Path, estimator: str) -> None:
+    found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "nan", "always", estimator))
     assert found["history"] and math.isnan(found["history"][-1]["meta_objective"])
 
 
-def test_a_held_out_batch_that_one_process_skips_is_skipped_by_all(tmp_path: Path) -> None:
-    found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "none", "held out"))
+@pytest.mark.parametrize("estimator", ["forward", "live"])
+def test_a_held_out_batch_that_one_process_skips_is_skipped_by_all(tmp_path: Path, estimator: str) -> None:
+    found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "none", "held out", estimator))
     assert found["rates"] == [0.1]
     assert all("the rate was kept" in record["diagnostics"]["note"] for record in found["history"])
 
@@ -137,6 +139,7 @@ def test_what_counts_is_whether_the_mean_of_the_losses_is_negative(tmp_path: Pat
         ("raise", "unroll", "forward", "ValueError: a bad batch"),
         ("raise", "held out", "reverse", "ValueError: a bad batch"),
         ("raise", "unroll", "es", "ValueError: a bad batch"),
+        ("raise", "held out", "live", "ValueError: a bad batch"),
         ("curvature", "unroll", "forward", "ValueError: no second derivative today"),
         ("curvature", "unroll", "reverse", "ValueError: no second derivative today"),
     ],
@@ -180,7 +183,8 @@ def test_the_initial_search_finds_the_same_rate_on_all_processes(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("estimator", "strategy"), [("forward", "ddp"), ("reverse", "ddp_find_unused_parameters_true")]
+    ("estimator", "strategy"),
+    [("forward", "ddp"), ("reverse", "ddp_find_unused_parameters_true"), ("live", "ddp_find_unused_parameters_true")],
 )
 def test_a_distributed_run_without_learning_is_unchanged_bit_for_bit(
     tmp_path: Path, estimator: str, strategy: str
@@ -195,11 +199,11 @@ def test_a_distributed_run_without_learning_is_unchanged_bit_for_bit(
     assert difference(without[0]["outcome"]["torch"], without[1]["outcome"]["torch"])
 
 
-@pytest.mark.parametrize("meta_data", ["val", "train"])
-def test_a_resumed_distributed_run_equals_the_uninterrupted_one(tmp_path: Path, meta_data: str) -> None:
-    whole = equal_on_all(launch(tmp_path, runs.fit_and_save, 2, tmp_path, meta_data))
+@pytest.mark.parametrize(("meta_data", "estimator"), [("val", "forward"), ("train", "forward"), ("train", "live")])
+def test_a_resumed_distributed_run_equals_the_uninterrupted_one(tmp_path: Path, meta_data: str, estimator: str) -> None:
+    whole = equal_on_all(launch(tmp_path, runs.fit_and_save, 2, tmp_path, meta_data, estimator))
     # Step 6 lies in the middle of a window, with batches remembered that differ by process.
-    resumed = equal_on_all(launch(tmp_path, runs.resume, 2, tmp_path / "step=6.ckpt", meta_data))
+    resumed = equal_on_all(launch(tmp_path, runs.resume, 2, tmp_path / "step=6.ckpt", meta_data, estimator))
     assert len(whole["history"]) > 2
     assert not difference(whole, resumed)
 
@@ -208,18 +212,25 @@ def test_a_run_that_is_resumed_with_another_number_of_processes_remembers_anew(t
     whole = equal_on_all(launch(tmp_path, runs.fit_and_save, 2, tmp_path))
     (alone,) = launch(tmp_path, runs.resume, 1, tmp_path / "step=6.ckpt", count=1)
     assert alone["history"][0] == whole["history"][0] and len(alone["history"]) > 2
-    more = equal_on_all(launch(tmp_path, runs.resume, 3, tmp_path / "step=6.ckpt", count=3))
+    more = equal_on_all(launch(tmp_path, runs.resume, 3, tmp_path / "step=6.ckpt", "val", "forward", count=3))
     assert more["history"][0] == whole["history"][0] and len(more["history"]) > 1
 
 
-def test_processes_that_remember_unequally_look_ahead_equally_far(tmp_path: Path) -> None:
-    whole = equal_on_all(launch(tmp_path, runs.fit_and_save, 2, tmp_path))
+@pytest.mark.parametrize(
+    ("estimator", "meta_data", "steps"),
+    [("forward", "val", [3, 2, 3, 3]), ("live", "train", [3, 0, 3, 3])],
+)
+def test_processes_that_remember_unequally_do_the_same(
+    tmp_path: Path, estimator: str, meta_data: str, steps: list[int]
+) -> None:
+    equal_on_all(launch(tmp_path, runs.fit_and_save, 2, tmp_path, meta_data, estimator))
     checkpoint = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
-    checkpoint["callbacks"]["LearnToLearn"]["windows"][1] = {}
+    checkpoint["callbacks"]["LearnToLearn"]["source"]["windows"][1] = {}
     torch.save(checkpoint, tmp_path / "forgetful.ckpt")
-    resumed = equal_on_all(launch(tmp_path, runs.resume, 2, tmp_path / "forgetful.ckpt"))
-    lengths = [[len(record["diagnostics"]["losses"]) for record in found["history"]] for found in (whole, resumed)]
-    assert lengths == [[3, 3, 3, 3], [3, 2, 3, 3]]
+    resumed = equal_on_all(launch(tmp_path, runs.resume, 2, tmp_path / "forgetful.ckpt", meta_data, estimator))
+    # Where a live window has nothing to be judged by, there is no meta-gradient.
+    lengths = [len(record["diagnostics"].get("losses", [])) for record in resumed["history"]]
+    assert lengths == steps
 
 
 def test_a_fit_that_goes_on_in_the_same_processes_goes_on_learning(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lightning_l2l.core.estimators import LiveUnroll
 from lightning_l2l.core.inner import read_state
 from lightning_l2l.core.inner_step import Iterate
 from lightning_l2l.core.plan import LARGEST_FORWARD, scalars
-from lightning_l2l.core.processes import Processes
+from lightning_l2l.core.processes import Processes, together
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.scaled import ScaledVector
 from lightning_l2l.core.second_order import lacks_second_derivative
@@ -145,16 +145,17 @@ class LiveSteps:
         """
         parameters = list(self._owned().values())
         missing = None
-        try:
-            first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-            moving = [gradient for gradient in first if gradient is not None and gradient.requires_grad]
-            if moving:
-                ones = [torch.ones_like(gradient) for gradient in moving]
-                torch.autograd.grad(moving, parameters, ones, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            missing = lacks_second_derivative(error)
-            if missing is None:
-                raise
+        with together(self._processes):
+            try:
+                first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+                moving = [gradient for gradient in first if gradient is not None and gradient.requires_grad]
+                if moving:
+                    ones = [torch.ones_like(gradient) for gradient in moving]
+                    torch.autograd.grad(moving, parameters, ones, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                missing = lacks_second_derivative(error)
+                if missing is None:
+                    raise
         if self._processes is not None and self._processes.any(missing is not None):
             missing = missing or "something on another process"
         return missing
@@ -191,7 +192,7 @@ class LiveSteps:
         """Evaluate the meta-loss where the run is now, on copies of its buffers."""
         assert self._unroll is not None
         parameters, buffers = owned_tensors(self._module, live_optimizer(self._trainer))
-        with invisible(self._trainer, self._module, self._settings.seed + self._trainer.global_step):
+        with invisible(self._trainer, self._module, self._look_ahead.seed + self._trainer.global_step):
             self._unroll.judge(Iterate(parameters, {}, buffers), judge)
 
     def drop(self) -> None:

@@ -53,6 +53,9 @@ class LookAhead:
         settings: What the user asked for.
         processes: The other processes of the run.
 
+    Attributes:
+        seed: Seed of what a look-ahead draws; another one on each process.
+
     Raises:
         MisconfigurationException: There is no held-out data.
         EmptyLoaderError: There is a loader of held-out data, without batches.
@@ -74,7 +77,7 @@ class LookAhead:
         self._settings = settings
         self._processes = processes
         rank, self._stride = (0, 1) if processes is None else (processes.rank, processes.count)
-        self._seed = settings.seed + rank * _SEED_STRIDE
+        self.seed = settings.seed + rank * _SEED_STRIDE
         self._optimizer = live_optimizer(trainer)
         self._loss = TrainingStep(trainer, module)
         self._held_out_loader = self._find_held_out_loader()
@@ -107,7 +110,7 @@ class LookAhead:
         step = self._trainer.global_step
         # Perturbations are the same on each process, unlike everything else that is drawn.
         particles = Particles(seed=self._settings.seed + step)
-        with invisible(self._trainer, self._module, self._seed + step):
+        with invisible(self._trainer, self._module, self.seed + step):
             result = meta_gradient(
                 self._loss,
                 parameters,
@@ -180,7 +183,7 @@ class LookAhead:
             step = self.inner_step()
             start = step.start(parameters, applied.unrolled()[1], buffers)
             meta = self._learned.scaled_rate(candidate / present)
-            with invisible(self._trainer, self._module, self._seed):
+            with invisible(self._trainer, self._module, self.seed):
                 return loss_after_training(step, start, windows, judges, meta)
 
         with applied.attached_to(peaks):
@@ -214,7 +217,7 @@ class LookAhead:
         return IndexedBatches(loader, self._settings.seed, limit)
 
     def _moved(self, batch: Any, *, held_out: bool) -> Window:
-        with invisible(self._trainer, self._module, self._seed):
+        with invisible(self._trainer, self._module, self.seed):
             return joined([Window(((moved_batch(self._trainer, self._module, batch, held_out=held_out), 0),), 1)])
 
     def _clipping(self) -> GradientTransformation | None:

@@ -180,10 +180,12 @@ class MetaGradientSource:
                 seen = self._windows.last()
                 if live.steps == self._every:  # windows without a gap: the last one seen is of this window
                     seen = seen[:-1]
-                if seen:
-                    live.judge(joined(seen[-1:]))
-                else:  # the first window of a fit may have no step before it
+                # The first window of a fit may have no step before it; a resumed process may have lost it.
+                missing = not seen
+                if missing if self._processes is None else self._processes.any(missing):
                     live.drop()
+                else:
+                    live.judge(joined(seen[-1:]))
         if not is_time:
             return None
         self._drawn += 1

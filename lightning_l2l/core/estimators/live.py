@@ -118,6 +118,8 @@ class LiveUnroll:
             iterate: Parameters and optimizer state before the step; neither is changed nor kept.
             gradients: What the optimizer is given, before clipping; with several processes, already their mean.
         """
+        assert self._loss is not None
+        (self._loss,) = self._step.average(lambda: [self._loss], [self._loss])
         curvatures: list[MaybeTensors] = [dict.fromkeys(gradients) for _ in self._directions]
         if self.needs_graph:
             curvatures = [averaged(self._step, partial(dict, change), iterate) for change in self._curvatures]
