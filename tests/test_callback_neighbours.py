@@ -118,7 +118,7 @@ def test_batch_size_finder_comes_first_and_its_batches_are_remembered(trainer: A
     callback, module = learner(estimator="forward"), Sized()
     trainer(callback, BatchSizeFinder(max_trials=2, steps_per_trial=1)).fit(module)
     assert module.batch_size == 4 and len(callback.history) == 10
-    ((batch, _),) = callback.state_dict()["source"]["windows"]["windows"][0]["batches"]
+    ((batch, _),) = callback.state_dict()["source"]["windows"][0]["windows"][0]["batches"]
     assert batch[0].shape == (4, FEATURES)
 
 
