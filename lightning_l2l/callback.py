@@ -90,7 +90,7 @@ class LearnToLearn(pl.Callback):
     def __init__(
         self,
         learned: LearnedOptimizer | None = None,
-        unroll_steps: int = 5,
+        unroll_steps: int = 3,
         every_n_steps: int = 20,
         objective: Objective = "log",
         meta_data: Literal["val", "train"] | Iterable[Any] = "val",
@@ -119,6 +119,7 @@ class LearnToLearn(pl.Callback):
         self._given = learned
         self._template = learned if learned is not None else LearnedStepSize(per="group")
         self._fitting = False
+        self._logged: tuple[int, dict[str, float]] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -154,6 +155,7 @@ class LearnToLearn(pl.Callback):
         optimizer = live_optimizer(trainer)
         if isinstance(optimizer, LearnedTorchOptimizer):
             self.learned = optimizer.mirror(pl_module.named_parameters())
+        self._logged = None
         self._session = Session(trainer, pl_module, self.learned, self.settings, self._loaded)
         self.history = copy.deepcopy(self._loaded.get("history", []))
         if not self._session.opens_late:
@@ -215,7 +217,10 @@ class LearnToLearn(pl.Callback):
             session.source.skip_batch()
         if session.has_unfinished_step:
             rates = by_group("learning_rate", self.learning_rates, live_optimizer(trainer).param_groups)
-            log(trainer, pl_module, rates, prog_bar=True)
+            # Lightning keeps a logged value until the epoch ends; logging it again costs as much as a small layer.
+            if (trainer.current_epoch, rates) != self._logged:
+                self._logged = (trainer.current_epoch, rates)
+                log(trainer, pl_module, rates, prog_bar=True)
             log(trainer, pl_module, self._finish_step())
 
     def _finish_step(self) -> dict[str, float]:

@@ -54,6 +54,7 @@ class AppliedValues:
         self._scheduled: list[Values] = []
         self._written: list[Values] = []
         self._whole_groups: list[dict[str, Any]] | None = None
+        self._has_own = False  # some tensor has a value that others of its group do not have
         if saved is not None and len(saved["written"]) <= len(optimizer.param_groups):
             self._scheduled = [dict(values) for values in saved["scheduled"]]
             self._written = [dict(values) for values in saved["written"]]
@@ -130,9 +131,9 @@ class AppliedValues:
 
     def split(self) -> None:
         """Give every tensor that has its own value a parameter group of its own, until :meth:`join`."""
-        everything = self.values()
-        if not any(isinstance(value, dict) for values in everything for value in values.values()):
+        if not self._has_own:
             return
+        everything = self.values()
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         groups = self._optimizer.param_groups
         split: list[dict[str, Any]] = []
@@ -186,7 +187,9 @@ class AppliedValues:
         return replace(inner, groups=tuple(groups))
 
     def _write(self) -> None:
-        for index, (group, values) in enumerate(zip(self._optimizer.param_groups, self.values(), strict=True)):
+        everything = self.values()
+        self._has_own = any(isinstance(value, dict) for values in everything for value in values.values())
+        for index, (group, values) in enumerate(zip(self._optimizer.param_groups, everything, strict=True)):
             for key, value in values.items():
                 self._scheduled[index].setdefault(key, _get(group, key))
                 self._written[index][key] = _set(group, key, _shown(value))

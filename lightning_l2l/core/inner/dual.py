@@ -162,7 +162,9 @@ class Dual:
         tangents = []
         for left, right in zip(self.tangents, other.tangents, strict=True):
             first = None if left is None else left * other.value
-            tangents.append(first if right is None else sum_of(first, self.value * right))
+            if right is not None:
+                first = self.value * right if first is None else first.addcmul_(self.value, right.to(first.dtype))
+            tangents.append(first)
         return Dual(self.value * other.value, tangents)
 
     def __rmul__(self, other: Any) -> Dual:
@@ -174,7 +176,10 @@ class Dual:
         quotient = self.value / other.value
         tangents: list[Tensor | None] = []
         for left, right in zip(self.tangents, other.tangents, strict=True):
-            numerator = left if right is None else difference_of(left, quotient * right)
+            if left is None or right is None:
+                numerator = left if right is None else -(quotient * right)
+            else:
+                numerator = torch.addcmul(left, quotient.to(left.dtype), right.to(left.dtype), value=-1)
             tangents.append(None if numerator is None else numerator / other.value)
         return Dual(quotient, tangents)
 
@@ -194,8 +199,10 @@ class Dual:
         root = self.value.sqrt()
         if all(tangent is None for tangent in self.tangents):
             return Dual(root, self.tangents)
-        double, zero = root + root, root == 0
-        return Dual(root, [None if t is None else (t / double).masked_fill_(zero, 0.0) for t in self.tangents])
+        zero = (root == 0).to(root.dtype)
+        # 1 / (2 root), and 0 where that is infinite.
+        slope = (1 - zero) / torch.add(zero, root, alpha=2)
+        return Dual(root, [None if t is None else t * slope for t in self.tangents])
 
 
 def sum_of(left: Tensor | None, right: Tensor | None) -> Tensor | None:

@@ -49,10 +49,12 @@ def _addcmul(base: Any, first: Any, second: Any, *, value: float = 1) -> Dual:
     tangents = []
     for da, db, dc in columns:
         moved = da
-        for factor, tangent in ((c, db), (b, dc)):
+        # A square has twice the derivative.
+        terms = ((c, db, 2 * value),) if first is second else ((c, db, value), (b, dc, value))
+        for factor, tangent, weight in terms:
             if tangent is None:
                 continue
-            moved = factor * tangent * value if moved is None else torch.addcmul(moved, factor, tangent, value=value)
+            moved = factor * tangent * weight if moved is None else torch.addcmul(moved, factor, tangent, value=weight)
         tangents.append(moved)
     return Dual(torch.addcmul(a, b, c, value=value), tangents)
 
