@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +159,9 @@ class LookAhead:
         Returns:
             The result, or a sentence on why there was none.
         """
-        loader = first_loader(self._trainer.train_dataloader)
+        loader = self._trainer.train_dataloader
+        if isinstance(loader, (Mapping, list, tuple)) or type(loader).__name__ == "CombinedLoader":
+            return "the training data comes from several loaders, and no batch of one of them is a training batch"
         if not is_indexable(loader):
             return "the training loader can only be iterated, and reading ahead would change the run's data"
         applied = self._applied_rates
