@@ -144,6 +144,47 @@ class TiedAndFrozen(Plain):
         return self.optimizer([p for p in self.parameters() if id(p) not in foreign])
 
 
+class Twice(Plain):
+    """A layer, and a normalisation, that are each in two places."""
+
+    def make_net(self) -> nn.Module:
+        layer, norm = nn.Linear(FEATURES, FEATURES), nn.BatchNorm1d(FEATURES)
+        return nn.Sequential(layer, norm, nn.Tanh(), layer, norm, nn.Linear(FEATURES, CLASSES))
+
+
+class Resumable:
+    """A loader that resumes in the middle of an epoch; Lightning saves and restores it."""
+
+    def __init__(self, batches: int = 6) -> None:
+        self.batches, self.position, self.epoch = batches, 0, 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Any:
+        start, self.position = self.position, 0
+        for number in range(start, self.batches):
+            generator = torch.Generator().manual_seed(100 * self.epoch + number)
+            inputs = torch.randn(8, 6, generator=generator)
+            self.position = number + 1
+            if self.position == self.batches:
+                self.position, self.epoch = 0, self.epoch + 1
+            yield inputs, inputs[:, :3].argmax(1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position, self.epoch = state["position"], state["epoch"]
+
+
+class Deterministic(Plain):
+    """Without dropout: Lightning does not restore random numbers."""
+
+    def make_net(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+
 class MemoryLogger(Logger):
     """Keeps what it is given."""
 

@@ -15,6 +15,7 @@ from helpers import (
     Recurrent,
     Rich,
     TiedAndFrozen,
+    Twice,
     Witness,
     difference,
     loader,
@@ -51,7 +52,7 @@ def assert_unchanged(trainer: Any, make: Any, callback: LearnToLearn | None = No
 ADAM = lambda parameters: torch.optim.Adam(parameters, lr=0.01)  # noqa: E731
 
 
-@pytest.mark.parametrize("make", [Rich, Attention, Recurrent, TiedAndFrozen])
+@pytest.mark.parametrize("make", [Rich, Attention, Recurrent, TiedAndFrozen, Twice])
 @pytest.mark.parametrize("optimizer", [sgd(0.1, momentum=0.9), ADAM], ids=["momentum", "adam"])
 def test_run_is_bitwise_unchanged_without_meta_updates(trainer: Any, make: Any, optimizer: Any) -> None:
     assert_unchanged(trainer, lambda: make(optimizer))

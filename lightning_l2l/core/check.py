@@ -16,12 +16,12 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_l2l.core.differences import Differences
 from lightning_l2l.core.inner import inner_optimizer
 from lightning_l2l.core.inner_step import Loss
 from lightning_l2l.core.second_order import custom_functions, known_wrong, not_twice_differentiable, wrong_modules
+from lightning_l2l.core.substitution import call_with
 from lightning_l2l.optimizers.base import LearnedOptimizer
 from lightning_l2l.optimizers.step_size import LearnedStepSize
 
@@ -213,7 +213,7 @@ def module_loss(
     rest.update({name: tensor.detach() for name, tensor in whole.named_buffers()})
 
     def loss(parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
-        value: Tensor = functional_call(whole, dict(parameters), (batch,))
+        value: Tensor = call_with(whole, parameters, batch)
         return value
 
     return loss, params, rest

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils.data import DataLoader, default_collate
 
+from lightning_l2l.core.substitution import call_with
 from lightning_l2l.host.isolation import hidden_attribute, isolated_random_state
 from lightning_l2l.host.training_step import _CallTrainingStep, _loss_of, copied_batch
 from lightning_l2l.tasks.task import Task
@@ -81,7 +81,7 @@ class ModuleTask(Task):
         if is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2):
             arguments["batch_idx"] = 0
         with hidden_attribute(self._module, "log", _ignore), hidden_attribute(self._module, "log_dict", _ignore):
-            output = functional_call(self._call, substitutes, (arguments,))
+            output = call_with(self._call, substitutes, arguments)
         return _loss_of(output)
 
     def sample_batch(self, split: Literal["train", "val", "test"], generator: torch.Generator | None = None) -> Any:

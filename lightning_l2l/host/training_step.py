@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_l2l.core.processes import StepSkippedError
+from lightning_l2l.core.substitution import call_with
 from lightning_l2l.host.trainer import training_step_arguments
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TrainingStep:
             # A copy each time: the user's step may pop from a dictionary, or scale a tensor in place.
             arguments = training_step_arguments(self._trainer, self._module, copied_batch(batch), batch_index)
             with self._trainer.precision_plugin.train_step_context():
-                output = functional_call(self._call, substitutes, (arguments,))
+                output = call_with(self._call, substitutes, arguments)
             loss = _loss_of(output) / window.divisor
             total = loss if total is None else total + loss
         assert total is not None
