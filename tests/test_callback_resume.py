@@ -8,7 +8,18 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Plain, Rich, difference, learner, loaders, observer, outcome, sgd
+from helpers import (
+    Deterministic,
+    Plain,
+    Resumable,
+    Rich,
+    difference,
+    learner,
+    loaders,
+    observer,
+    outcome,
+    sgd,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import lr_scheduler
 
@@ -16,40 +27,6 @@ from lightning_l2l import LearnedHyperparameters, LearnedStepSize
 from lightning_l2l.host.windows import RememberedWindows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*that ended before the epoch ended.*")
-
-
-class Resumable:
-    """A loader that resumes in the middle of an epoch; Lightning saves and restores it."""
-
-    def __init__(self, batches: int = 6) -> None:
-        self.batches, self.position, self.epoch = batches, 0, 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Any:
-        start, self.position = self.position, 0
-        for number in range(start, self.batches):
-            generator = torch.Generator().manual_seed(100 * self.epoch + number)
-            inputs = torch.randn(8, 6, generator=generator)
-            self.position = number + 1
-            if self.position == self.batches:
-                self.position, self.epoch = 0, self.epoch + 1
-            yield inputs, inputs[:, :3].argmax(1)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, "epoch": self.epoch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position, self.epoch = state["position"], state["epoch"]
-
-
-class Deterministic(Plain):
-    """Without dropout: Lightning does not restore random numbers."""
-
-    def make_net(self) -> torch.nn.Module:
-        nn = torch.nn
-        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
 
 
 COSINE = lambda o: {"scheduler": lr_scheduler.CosineAnnealingLR(o, 40), "interval": "step"}  # noqa: E731
