@@ -278,6 +278,60 @@ def test_a_run_that_dies_of_a_training_batch_dies_as_it_would_without_us(trainer
     assert len(rates) == 8 and all(math.isfinite(rate) and rate > 0 for rate in rates)
 
 
+class Guarded(Plain):
+    """Refuses to go on with a loss that is not finite, as published modules do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if not torch.isfinite(loss):
+            raise RuntimeError("Loss is NaN, training stopped.")
+        return loss
+
+
+class GuardedDeep(Guarded):
+    def make_net(self) -> torch.nn.Module:
+        layers = [torch.nn.Linear(6, 6) for _ in range(12)]
+        return torch.nn.Sequential(*layers, torch.nn.Linear(6, 3))
+
+
+def test_a_candidate_of_the_search_that_the_step_refuses_has_diverged(trainer: Any) -> None:
+    callback = learner(initial_search=True, search_budget=1.0)
+    trainer(callback, max_epochs=4).fit(GuardedDeep(), **loaders())
+    assert callback.search_result is not None and callback.search_result.learning_rate is not None
+    losses = callback.search_result.losses
+    assert losses[max(losses)] == math.inf and min(losses.values()) < math.inf
+    assert len(callback.history) == 8
+
+
+@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+@pytest.mark.filterwarnings("ignore:LearnToLearn, after step")
+def test_a_look_ahead_that_the_step_refuses_has_diverged_and_the_run_goes_on(trainer: Any, estimator: Any) -> None:
+    class Explodes(GuardedDeep):
+        def loss(self, batch: Any) -> Any:
+            moved = self.net[0].weight - start[-1]  # since the look-ahead began
+            far = "log" in vars(self) and self._current_fx_name == "on_train_batch_end"
+            return super().loss(batch) + (1e30 * moved.pow(2).sum() * 1e30 if far else 0)
+
+    class Notes(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            start.append(pl_module.net[0].weight.detach().clone())
+
+    start = [torch.zeros(6, 6)]
+    module, callback = Explodes(), learner(estimator=estimator)
+    fitted = trainer(Notes(), callback)
+    fitted.fit(module, **loaders())
+    assert [record["learning_rates"][0] for record in callback.history] == pytest.approx([0.05, 0.025, 0.0125, 0.00625])
+    assert all("halved" in record["diagnostics"]["note"] for record in callback.history)
+    assert "Loss is NaN" in callback.history[0]["diagnostics"]["reason"] and fitted.global_step == 12
+
+
+@pytest.mark.filterwarnings("ignore:LearnToLearn, after step")
+def test_a_held_out_batch_that_the_step_refuses_keeps_the_rate(trainer: Any) -> None:
+    callback = learner(meta_data=[(torch.full((8, 6), math.nan), torch.zeros(8, dtype=torch.long))])
+    trainer(callback).fit(Guarded(), **loaders())
+    assert [record["learning_rates"] for record in callback.history] == [[0.1]] * 4
+
+
 # -- loaders that die -------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.scaled import ScaledVector
 from lightning_l2l.core.second_order import lacks_second_derivative
 from lightning_l2l.host.applied import AppliedValues
+from lightning_l2l.host.guarded import StepRefusedError, unless_diverged
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import invisible, is_compiled
 from lightning_l2l.host.look_ahead import LookAhead
@@ -192,8 +193,16 @@ class LiveSteps:
         """Evaluate the meta-loss where the run is now, on copies of its buffers."""
         assert self._unroll is not None
         parameters, buffers = owned_tensors(self._module, live_optimizer(self._trainer))
-        with invisible(self._trainer, self._module, self._look_ahead.seed + self._trainer.global_step):
-            self._unroll.judge(Iterate(parameters, {}, buffers), judge)
+        unroll = self._unroll
+
+        def evaluate() -> None:
+            with invisible(self._trainer, self._module, self._look_ahead.seed + self._trainer.global_step):
+                unroll.judge(Iterate(parameters, {}, buffers), judge)
+
+        try:
+            unless_diverged(evaluate, self._processes)
+        except StepRefusedError:
+            self.drop()  # the run goes on: what it would not train on, it is not judged by
 
     def drop(self) -> None:
         """There is nothing to judge this window by."""

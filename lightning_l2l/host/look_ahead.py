@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchopt.base import GradientTransformation
 
@@ -19,6 +21,14 @@ from lightning_l2l.core.processes import Processes, together
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.data import IndexedBatches, StreamedBatches, first_loader, is_indexable, is_sharded
+from lightning_l2l.host.guarded import (
+    HELD_OUT_DATA,
+    StepRefusedError,
+    is_only_held_out,
+    refused,
+    unless_diverged,
+    with_note,
+)
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import invisible
 from lightning_l2l.host.settings import Settings
@@ -104,29 +114,58 @@ class LookAhead:
         Args:
             windows: The training batches, one window for each step.
             judge: What the meta-objective is evaluated on.
+
+        Returns:
+            The meta-gradient; one that is not usable where the step itself raised because the look-ahead diverged.
         """
         parameters, buffers = owned_tensors(self._module, self._optimizer)
         learned, state = self._applied.unrolled()
         step = self._trainer.global_step
         # Perturbations are the same on each process, unlike everything else that is drawn.
         particles = Particles(seed=self._settings.seed + step)
-        with invisible(self._trainer, self._module, self.seed + step):
-            result = meta_gradient(
-                self._loss,
-                parameters,
-                learned,
-                windows,
-                judge,
-                objective=self._settings.objective,
-                # Live steps are rehearsed, and stood in for, by the one that gives the same numbers.
-                estimator="forward" if self._settings.estimator == "live" else self._settings.estimator,
-                state=state,
-                buffers=buffers,
-                gradient_transformation=self._clipping(),
-                particles=particles,
-                processes=self._processes,
-            )
+
+        def unroll() -> MetaGradient:
+            with invisible(self._trainer, self._module, self.seed + step):
+                return meta_gradient(
+                    self._loss,
+                    parameters,
+                    learned,
+                    windows,
+                    judge,
+                    objective=self._settings.objective,
+                    # Live steps are rehearsed, and stood in for, by the one that gives the same numbers.
+                    estimator="forward" if self._settings.estimator == "live" else self._settings.estimator,
+                    state=state,
+                    buffers=buffers,
+                    gradient_transformation=self._clipping(),
+                    particles=particles,
+                    processes=self._processes,
+                )
+
+        try:
+            result = unless_diverged(unroll, self._processes)
+        except StepRefusedError as error:
+            result = refused(learned, self._settings.estimator, error)
+        if is_only_held_out(result) and not self.is_finite(judge):
+            result = with_note(result, HELD_OUT_DATA)
         return self.agreed(result)
+
+    def is_finite(self, batch: Window) -> bool:
+        """Whether the loss on this batch, in the run's present state, is finite on every process."""
+        parameters, buffers = owned_tensors(self._module, self._optimizer)
+        # The step may write buffers: in place, so that it is given copies.
+        written = {name: buffer.clone() for name, buffer in buffers.items()}
+
+        def evaluate() -> float:
+            with invisible(self._trainer, self._module, self.seed + self._trainer.global_step), torch.no_grad():
+                return self._loss({**parameters, **written}, batch).item()
+
+        with together(self._processes):
+            try:
+                finite = math.isfinite(unless_diverged(evaluate))
+            except StepRefusedError:
+                finite = False
+        return finite if self._processes is None else not self._processes.any(not finite)
 
     def agreed(self, result: MetaGradient) -> MetaGradient:
         """The result of the first process; they are equal up to the last bits where the hardware differs."""
@@ -179,6 +218,8 @@ class LookAhead:
         windows, judges = windows[:steps], windows[steps:]
         if self._held_out is not None:
             judges = [self.held_out(number) for number in range(_SEARCH_BATCHES)]
+        # A spoilt batch would make every candidate look as if it diverged.
+        judges = [judge for judge in judges if self.is_finite(judge)] or judges
         parameters, buffers = owned_tensors(self._module, self._optimizer)
 
         def loss_after(windows: Sequence[Window], candidate: float) -> tuple[float, int]:
@@ -188,12 +229,16 @@ class LookAhead:
             with invisible(self._trainer, self._module, self.seed):
                 return loss_after_training(step, start, windows, judges, meta)
 
+        def candidate_loss(candidate: float) -> tuple[float, int]:
+            try:
+                return unless_diverged(lambda: loss_after(windows, candidate), self._processes)
+            except StepRefusedError:
+                return math.inf, steps
+
         with applied.attached_to(peaks):
             present = applied.learned_rate()
             start_loss, _ = loss_after([], present)
-            return search_learning_rate(
-                lambda candidate: loss_after(windows, candidate), steps=steps, budget=budget, start_loss=start_loss
-            )
+            return search_learning_rate(candidate_loss, steps=steps, budget=budget, start_loss=start_loss)
 
     def _find_held_out_loader(self) -> Any:
         meta_data = self._settings.meta_data

@@ -18,6 +18,7 @@ from lightning_l2l.core.processes import StepSkippedError
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
+from lightning_l2l.host.guarded import HELD_OUT_DATA
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import hidden_attribute
 from lightning_l2l.host.live import WindowIncompleteError
@@ -168,6 +169,8 @@ class Session:
         trouble, note = "", ""
         if not result.usable:
             trouble, note = ("underflow" if result.diagnostics.underflow else "diverged"), result.explain()
+            if HELD_OUT_DATA in result.diagnostics.notes:
+                trouble, note = "data", HELD_OUT_DATA
         if self._settings.meta_learning_rate == 0:
             return MetaUpdate(self._steps_seen, result, trouble, f"{note} Observed only.".strip())
         if result.usable:

@@ -12,6 +12,7 @@ from lightning_l2l.core.plan import scalars
 from lightning_l2l.core.processes import Processes
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.host.applied import AppliedValues
+from lightning_l2l.host.guarded import HELD_OUT_DATA, is_only_held_out, with_note
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.live import LiveSteps, live_obstacle, prefers_live
 from lightning_l2l.host.look_ahead import LookAhead
@@ -189,7 +190,9 @@ class MetaGradientSource:
         if not is_time:
             return None
         self._drawn += 1
-        return self.look_ahead.agreed(live.result())
+        result = live.result()
+        # The run itself was judged, and its training losses are finite.
+        return self.look_ahead.agreed(with_note(result, HELD_OUT_DATA) if is_only_held_out(result) else result)
 
     def state_dict(self, *, from_all: bool = True) -> dict[str, Any]:
         """What a resumed run goes on from: plain tensors, numbers, strings and containers.
