@@ -104,7 +104,7 @@ def text() -> WikiText2:
         path.parent.mkdir()
         lines = [" ".join(f"w{word}" for word in words[start : start + 20]) for start in range(0, len(words), 20)]
         path.write_text("\n".join(lines), encoding="utf8")
-    return WikiText2()  # downloads only what is not there
+    return WikiText2()
 
 
 def transformer() -> pl.LightningModule:
@@ -132,8 +132,8 @@ def mnist() -> dict[str, Any]:
         folder.mkdir(parents=True)
         generator = torch.Generator().manual_seed(0)
         for name in ("training.pt", "test.pt"):
-            images = torch.randint(256, (64, 28, 28), generator=generator, dtype=torch.uint8)
-            torch.save((images, images[:, :14].float().mean((1, 2)).gt(127).long()), folder / name)
+            images = torch.randint(2, (64, 28, 28), generator=generator, dtype=torch.uint8)
+            torch.save((images, images[:, :14].float().mean((1, 2)).gt(0.5).long()), folder / name)
     return {"datamodule": MNISTDataModule("mnist", val_split=16, num_workers=0, normalize=True, batch_size=4)}
 
 
@@ -177,6 +177,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demos read and write in the folder that they are run in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_USE_MOCKED_MNIST", "1")
+    monkeypatch.setattr(WikiText2, "download", staticmethod(lambda destination: None))
 
 
 def fit(trainer: Any, demo: Demo, make: Callable[..., LearnToLearn] | None, **ours: Any) -> Any:
