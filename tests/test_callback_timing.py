@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import Plain, Rich, difference, learner, loaders, observer
-from torch import nn
 
 from lightning_l2l import LearnToLearn
 
@@ -49,37 +48,6 @@ def test_trainer_options_are_learned_with(trainer: Any, options: Any) -> None:
     fitted.fit(Plain(), **loaders())
     assert callback.search_result is not None and len(learned_rates(callback)) >= 1
     assert callback.history[-1]["step"] <= fitted.global_step
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by Dynamo itself
-@pytest.mark.parametrize("how", ["child", "in place"])
-def test_compiled_children_are_looked_ahead_of_eagerly(trainer: Any, how: str) -> None:
-    class Doubling(nn.Module):
-        def forward(self, inputs: Any) -> Any:
-            return inputs.tanh()
-
-    class Compiled(Plain):
-        def make_net(self) -> Any:
-            activation: Any = Doubling()
-            if how == "child":
-                activation = torch.compile(activation, backend="aot_eager")
-            else:
-                activation.compile(backend="aot_eager")
-            return nn.Sequential(nn.Linear(6, 4), activation, nn.Linear(4, 3))
-
-    class Eager(Plain):
-        def make_net(self) -> Any:
-            return nn.Sequential(nn.Linear(6, 4), Doubling(), nn.Linear(4, 3))
-
-    found = []
-    for make in (Compiled, Eager):
-        torch.manual_seed(0)
-        callback = learner(estimator="auto" if make is Compiled else "forward")
-        trainer(callback).fit(make(), **loaders())
-        assert {record["diagnostics"]["estimator"] for record in callback.history} == {"forward"}
-        found.append(learned_rates(callback))
-    torch.compiler.reset()
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 39, 40, 60])
