@@ -142,6 +142,40 @@ def test_loggers_get_our_values(trainer: Any, tmp_path: Path, kind: Any) -> None
         assert {"l2l/learning_rate", "l2l/meta_objective", "l2l/meta_gradient"} <= set(header)
 
 
+OURS = {"l2l/learning_rate", "l2l/meta_objective", "l2l/meta_gradient"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_gets_our_values(trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    monkeypatch.chdir(tmp_path)
+    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path / 'runs.db'}", artifact_location=str(tmp_path / "files"))
+    callback = learner()
+    trainer(callback, logger=logger).fit(Plain(), **loaders())
+    assert set(logger.experiment.get_run(logger.run_id).data.metrics) >= OURS
+    rates = [entry.value for entry in logger.experiment.get_metric_history(logger.run_id, "l2l/learning_rate")]
+    # The rate that a step was taken with: that of a meta-update shows from the next step on.
+    assert len(rates) == 12 and rates[3] == pytest.approx(callback.history[0]["learning_rates"][0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases_gets_our_values_offline(
+    trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    trainer(learner(), logger=logger).fit(Plain(), **loaders())
+    summary = dict(logger.experiment.summary)
+    logger.experiment.finish()
+    assert set(summary) >= OURS
+
+
 def test_validate_test_and_predict_are_left_alone(trainer: Any) -> None:
     class Complete(Plain):
         def test_step(self, batch: Any, batch_idx: int) -> None:
