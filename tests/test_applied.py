@@ -50,6 +50,11 @@ def logged(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [row[name] for row in rows if name in row and "train_loss_step" in row]
 
 
+@pytest.mark.feature(
+    "learning rate schedulers, by epoch or by step, recursive or in closed form, `ReduceLROnPlateau`",
+    "works",
+    "the learned factor is on top of the schedule",
+)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_logged_rate_is_the_applied_rate(trainer: Any, schedule: str) -> None:
     logger, witness = MemoryLogger(), Witness()
@@ -84,6 +89,7 @@ def test_scheduled_values_are_those_of_a_run_without_us(trainer: Any, schedule: 
     assert [rate for rates in witness.rates for rate in rates] == pytest.approx(expected, rel=1e-12, abs=1e-300)
 
 
+@pytest.mark.feature("`LearningRateMonitor`, before or after us", "works", "it shows the applied rate")
 @pytest.mark.parametrize("first", [True, False], ids=["monitor first", "monitor last"])
 @pytest.mark.parametrize("schedule", ["none", "exponential"])
 def test_learning_rate_monitor_shows_the_applied_rate(trainer: Any, first: bool, schedule: str) -> None:
@@ -98,6 +104,7 @@ def test_learning_rate_monitor_shows_the_applied_rate(trainer: Any, first: bool,
     assert monitored == pytest.approx(logged(logger.rows, "l2l/learning_rate"), rel=1e-12) and len(monitored) == 12
 
 
+@pytest.mark.feature("rates written in `optimizer_step`", "works", "they are the schedule")
 def test_a_warm_up_in_optimizer_step_is_the_schedule(trainer: Any) -> None:
     class WarmsUp(Plain):
         def optimizer_step(self, epoch: Any, batch_idx: Any, optimizer: Any, closure: Any) -> None:
@@ -155,6 +162,7 @@ class TwoGroups(Rich):
         return self.optimizer(groups)
 
 
+@pytest.mark.feature("several parameter groups", "works", "one learned rate for each, or as `per` says")
 @pytest.mark.parametrize("per", ["optimizer", "group", "tensor"])
 def test_every_granularity_applies_what_it_says(trainer: Any, per: Any) -> None:
     logger, witness = MemoryLogger(), Witness()
@@ -214,6 +222,7 @@ class Thaws(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.02)
 
 
+@pytest.mark.feature("`BaseFinetuning`, parameter groups that are added later", "works", "learned from then on")
 @pytest.mark.parametrize("per", ["optimizer", "group", "tensor"])
 def test_groups_that_are_added_later_are_learned_from_then_on(trainer: Any, per: Any) -> None:
     class Net(Rich):
@@ -229,6 +238,9 @@ def test_groups_that_are_added_later_are_learned_from_then_on(trainer: Any, per:
     assert shown == pytest.approx(callback.learning_rates) and shown[1] != 0.02
 
 
+@pytest.mark.feature(
+    "frozen and tied parameters, parameters outside the optimizer", "works", "each as in the live optimizer"
+)
 def test_frozen_tied_and_foreign_parameters_are_left_to_the_run(trainer: Any) -> None:
     module = TiedAndFrozen()
     before = {name: value.clone() for name, value in module.named_parameters()}

@@ -92,6 +92,7 @@ def test_nothing_is_left_after_an_exception_in_the_user_s_step(trainer: Any, whe
     assert_clean(fitted, module, callback)
 
 
+@pytest.mark.feature("Ctrl-C", "works", "everything that was installed is removed")
 @pytest.mark.parametrize("where", ["run", "unroll"])
 def test_nothing_is_left_after_ctrl_c(trainer: Any, where: str) -> None:
     Untidy.calls = 0

@@ -72,6 +72,9 @@ def fit(trainer: Any, module: Any, *callbacks: Any) -> dict[str, Any]:
     return outcome(fitted, fitted.lightning_module)
 
 
+@pytest.mark.feature(
+    "`torch.compile` of the module or of a child", "works", "the run stays compiled; look-aheads are eager"
+)
 @pytest.mark.parametrize("how", MODULES)
 def test_compiled_modules_are_looked_ahead_of_eagerly(trainer: Any, how: str) -> None:
     found = []

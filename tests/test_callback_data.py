@@ -62,6 +62,7 @@ def collated(kind: str) -> Any:
     return collate
 
 
+@pytest.mark.feature("batches that are dictionaries, dataclasses, tuples, lists")
 @pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
 @pytest.mark.parametrize("kind", ["dict", "dataclass", "tuple", "list"])
 def test_every_kind_of_batch_gives_the_same_rates(trainer: Any, kind: str) -> None:
@@ -74,6 +75,7 @@ def test_every_kind_of_batch_gives_the_same_rates(trainer: Any, kind: str) -> No
     assert found[kind] == found["tuple"]
 
 
+@pytest.mark.feature("a `training_step` that returns `None` for some batches", "works", "they are not looked at")
 @pytest.mark.filterwarnings("ignore:.*yielded None.*")
 def test_a_step_may_take_the_batch_alone_and_may_skip_some(trainer: Any) -> None:
     class Skips(Plain):
@@ -109,6 +111,7 @@ class Stream(IterableDataset):
         return iter(examples(24))
 
 
+@pytest.mark.feature("iterable data sets", "works", "no initial search: reading ahead would change the run's data")
 def test_a_stream_is_learned_on_and_not_searched(trainer: Any) -> None:
     callback = learner(initial_search=True)
     with pytest.warns(UserWarning, match="no initial search, since the training loader can only be iterated"):
@@ -122,6 +125,7 @@ def test_a_stream_that_ends_before_the_first_meta_update_is_said_to_be_short(tra
         trainer(callback).fit(Plain(), DataLoader(Stream(), 8), DataLoader(Stream(), 8))
 
 
+@pytest.mark.feature("several validation loaders", "works", "judged by the first")
 def test_several_validation_loaders_are_judged_by_the_first(trainer: Any) -> None:
     found = []
     for validation in ([loader(24, seed=1), loader(24, seed=2)], loader(24, seed=1), {"a": loader(24, seed=1)}):
@@ -142,6 +146,9 @@ def test_meta_data_of_one_s_own_needs_no_validation(trainer: Any, meta_data: Any
     assert len(learned_rates(callback)) == 4
 
 
+@pytest.mark.feature(
+    "several training loaders", "works", "no initial search: a batch of one of them is no training batch"
+)
 def test_several_training_loaders_are_one_batch(trainer: Any) -> None:
     class TakesTwo(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -175,6 +182,7 @@ class Moves(pl.LightningDataModule):
         return batch[0] + (1.0 if self.trainer.training else 5.0), batch[1]
 
 
+@pytest.mark.feature("`LightningDataModule` with transfer hooks", "works", "held-out batches pass them as validation")
 def test_transfer_hooks_of_a_datamodule_see_held_out_batches_as_validation(
     trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +204,7 @@ def test_transfer_hooks_of_a_datamodule_see_held_out_batches_as_validation(
         assert all((raw - row).abs().amax(1).min() < 1e-6 for row in rows)
 
 
+@pytest.mark.feature("`overfit_batches`")
 def test_overfitting_uses_the_batches_that_are_overfitted_only(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: set[int] = set()
 
@@ -234,6 +243,7 @@ def test_a_split_by_sampler_is_never_looked_across(trainer: Any) -> None:
     assert drawn["fit"] == set(range(40)) and learned_rates(callback)
 
 
+@pytest.mark.feature("`reload_dataloaders_every_n_epochs`")
 def test_reloaded_validation_data_is_what_is_judged_by(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Reloads(Plain):
         def train_dataloader(self) -> Any:

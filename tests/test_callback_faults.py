@@ -99,6 +99,7 @@ def watcher(**options: Any) -> LearnToLearn:
 # -- exceptions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.feature("exceptions, in the user's step too", "works", "the run is left as it is without us")
 @pytest.mark.parametrize(
     ("hook", "number"), [*((hook, 1) for hook in HOOKS), *((hook, 3) for hook in OFTEN)], ids=lambda value: str(value)
 )
@@ -223,6 +224,7 @@ class Spoilt(Dataset):
 BAD = [math.nan, math.inf]
 
 
+@pytest.mark.feature("NaN or infinity in held-out data", "works", "the rate is kept")
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.filterwarnings("ignore:LearnToLearn, after step")
 def test_a_held_out_batch_that_is_not_finite_keeps_the_rate_and_says_so(trainer: Any, value: float) -> None:
@@ -294,6 +296,9 @@ class GuardedDeep(Guarded):
         return torch.nn.Sequential(*layers, torch.nn.Linear(6, 3))
 
 
+@pytest.mark.feature(
+    "a `training_step` that raises when its loss is NaN", "works", "a look-ahead that comes to it has diverged"
+)
 def test_a_candidate_of_the_search_that_the_step_refuses_has_diverged(trainer: Any) -> None:
     callback = learner(initial_search=True, search_budget=1.0)
     trainer(callback, max_epochs=4).fit(GuardedDeep(), **loaders())

@@ -169,6 +169,9 @@ AFTER_A_SEARCH = {
 }
 
 
+@pytest.mark.feature(
+    "a run that is killed at any moment", "works", "resumed from its last checkpoint it is the uninterrupted one"
+)
 @pytest.mark.parametrize(
     ("run", "moment"),
     [*((False, moment) for moment in IN_MID_EPOCH), *((True, moment) for moment in AFTER_A_SEARCH)],

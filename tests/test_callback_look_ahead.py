@@ -78,6 +78,10 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.feature("gradient accumulation", "works", "a look-ahead step is the whole window")
+@pytest.mark.feature(
+    "gradient clipping by norm and by value", "works", "part of the look-ahead, differentiable through the norm"
+)
 @pytest.mark.parametrize("case", OPTIONS)
 def test_the_look_ahead_is_the_run_s_own_training(trainer: Any, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     options, clip = OPTIONS[case]
@@ -101,6 +105,7 @@ def test_the_look_ahead_is_the_run_s_own_training(trainer: Any, monkeypatch: pyt
         assert record["meta_gradient"]["learning_rate"][0] != 0
 
 
+@pytest.mark.feature("`GradientAccumulationScheduler`")
 def test_an_accumulation_that_is_scheduled_is_followed(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, original = [], LookAhead.meta_gradient
 
@@ -130,6 +135,11 @@ PRECISIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.feature(
+    "precision `32-true`, `64-true`, `bf16-true`, `bf16-mixed`, `16-mixed`",
+    "works",
+    "the look-ahead runs in the run's precision",
+)
 @pytest.mark.parametrize("make", [Rich, Recurrent])
 @pytest.mark.parametrize("estimator", ["forward", "reverse"])
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -161,6 +171,7 @@ def test_the_look_ahead_runs_in_the_run_s_precision(trainer: Any, precision: str
     assert notes["unroll"] == notes["run"] and len(notes["run"]) == 1
 
 
+@pytest.mark.feature("steps that the gradient scaler skips")
 def test_a_step_that_the_scaler_skips_leaves_whole_groups(trainer: Any) -> None:
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**60))
     callback = learner(learned=LearnedStepSize(per="tensor"))

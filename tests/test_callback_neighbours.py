@@ -34,6 +34,7 @@ MAKERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.feature("`EarlyStopping`, `Timer`, `StochasticWeightAveraging`, `EMAWeightAveraging`, before or after us")
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("first", [True, False], ids=["neighbour first", "neighbour last"])
@@ -60,6 +61,7 @@ def test_early_stopping_stops(trainer: Any) -> None:
     assert fitted.current_epoch == 2
 
 
+@pytest.mark.feature("`ModelCheckpoint`", "works", "may monitor what we log")
 def test_a_monitor_may_watch_our_values_and_checkpoints_have_our_state(trainer: Any, tmp_path: Path) -> None:
     callback = learner()
     best = ModelCheckpoint(tmp_path, monitor="l2l/meta_objective", save_top_k=1, save_last=True)
@@ -81,6 +83,7 @@ def test_averaged_weights_are_not_what_is_looked_ahead_from(trainer: Any) -> Non
     assert difference(*found) == "" and len(found[0]) == 6
 
 
+@pytest.mark.feature("`LearningRateFinder`", "works", "its rate is the schedule")
 @pytest.mark.filterwarnings("ignore:.*")
 @pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("search", [False, True])
@@ -103,6 +106,7 @@ def test_learning_rate_finder_comes_first_and_its_rate_is_the_schedule(trainer: 
         assert scheduled == module.lr
 
 
+@pytest.mark.feature("`BatchSizeFinder`")
 @pytest.mark.filterwarnings("ignore:.*")
 def test_batch_size_finder_comes_first_and_its_batches_are_remembered(trainer: Any) -> None:
     class Sized(Plain):
@@ -122,6 +126,7 @@ def test_batch_size_finder_comes_first_and_its_batches_are_remembered(trainer: A
     assert batch[0].shape == (4, FEATURES)
 
 
+@pytest.mark.feature("`TQDMProgressBar`, `RichProgressBar`", "works", "show the rate")
 @pytest.mark.filterwarnings("ignore:.*unclosed.*")
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
 def test_the_rate_is_in_the_progress_bar(trainer: Any, bar: Any) -> None:
@@ -131,6 +136,7 @@ def test_the_rate_is_in_the_progress_bar(trainer: Any, bar: Any) -> None:
     assert shown == pytest.approx(logged.item())
 
 
+@pytest.mark.feature("`CSVLogger`, `TensorBoardLogger`")
 @pytest.mark.filterwarnings("ignore:.*")
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
 def test_loggers_get_our_values(trainer: Any, tmp_path: Path, kind: Any) -> None:
@@ -145,6 +151,7 @@ def test_loggers_get_our_values(trainer: Any, tmp_path: Path, kind: Any) -> None
 OURS = {"l2l/learning_rate", "l2l/meta_objective", "l2l/meta_gradient"}
 
 
+@pytest.mark.feature("`MLFlowLogger`")
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_gets_our_values(trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
@@ -160,6 +167,7 @@ def test_mlflow_gets_our_values(trainer: Any, tmp_path: Path, monkeypatch: pytes
     assert len(rates) == 12 and rates[3] == pytest.approx(callback.history[0]["learning_rates"][0])
 
 
+@pytest.mark.feature("`WandbLogger`, offline")
 @pytest.mark.filterwarnings("ignore")
 def test_weights_and_biases_gets_our_values_offline(
     trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -176,6 +184,7 @@ def test_weights_and_biases_gets_our_values_offline(
     assert set(summary) >= OURS
 
 
+@pytest.mark.feature("`validate`, `test`, `predict`, before and after `fit`", "works", "left alone")
 def test_validate_test_and_predict_are_left_alone(trainer: Any) -> None:
     class Complete(Plain):
         def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -194,6 +203,7 @@ def test_validate_test_and_predict_are_left_alone(trainer: Any) -> None:
     assert len(callback.history) == 4
 
 
+@pytest.mark.feature("the `pytorch_lightning` namespace")
 @pytest.mark.filterwarnings("ignore:.*")
 def test_the_other_namespace_works_as_well(tmp_path: Path) -> None:
     other = pytest.importorskip("pytorch_lightning")

@@ -65,6 +65,11 @@ def module(schedule: Any) -> Plain:
     return Deterministic(sgd(0.1, momentum=0.9), schedule)
 
 
+@pytest.mark.feature(
+    "checkpoints and resuming, in mid-epoch too, also under `weights_only`",
+    "works",
+    "equals the uninterrupted run, if the loader resumes there",
+)
 @pytest.mark.usefixtures("short_search")
 @pytest.mark.filterwarnings("ignore:LearnToLearn. no initial search")
 @pytest.mark.parametrize(("case", "weights_only"), [*((case, True) for case in CASES), ("plain", False)])
@@ -124,6 +129,7 @@ def test_a_checkpoint_after_the_fit_has_what_was_learned(trainer: Any, tmp_path:
     assert len(again.history) == 2 * len(callback.history) == 4
 
 
+@pytest.mark.feature("a checkpoint of a run without the callback", "works", "learned on from its rate")
 def test_a_checkpoint_of_a_run_without_the_callback_is_resumed_from_its_rate(trainer: Any, tmp_path: Path) -> None:
     path = saved(trainer, tmp_path / "x.ckpt")
     callback = learner(initial_search=True)
@@ -131,6 +137,7 @@ def test_a_checkpoint_of_a_run_without_the_callback_is_resumed_from_its_rate(tra
     assert callback.search_result is None and [record["step"] for record in callback.history] == [9, 12]
 
 
+@pytest.mark.feature("a checkpoint of ours, loaded without the callback", "works", "keeps the rate")
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
 def test_a_checkpoint_is_loaded_without_the_callback_and_keeps_the_rate(trainer: Any, tmp_path: Path) -> None:
     callback = learner()
@@ -155,6 +162,7 @@ EDITS: dict[str, Any] = {
 }
 
 
+@pytest.mark.feature("a damaged state, or one of a future version", "refused", "the message has the way out")
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_state_that_cannot_be_resumed_from_says_so_and_what_to_do(trainer: Any, tmp_path: Path, edit: str) -> None:
     change, message = EDITS[edit]
@@ -182,6 +190,7 @@ def test_validate_from_a_checkpoint_and_then_fit_starts_anew(trainer: Any, tmp_p
     assert difference(fresh.history, callback.history) == "" and callback.history
 
 
+@pytest.mark.feature("the same callback object in two fits")
 def test_one_callback_in_two_fits_learns_twice_from_the_start(trainer: Any) -> None:
     callback, histories = learner(), []
     for _ in range(2):
@@ -190,6 +199,7 @@ def test_one_callback_in_two_fits_learns_twice_from_the_start(trainer: Any) -> N
     assert difference(*histories) == "" and histories[0] is not histories[1] and histories[0]
 
 
+@pytest.mark.feature("a second `fit` of the same Trainer", "works", "goes on with what was learned")
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_second_fit_of_the_same_trainer_goes_on_with_what_was_learned(trainer: Any, interrupted: bool) -> None:
     class Stops(pl.Callback):

@@ -17,6 +17,9 @@ def learned_rates(callback: LearnToLearn) -> list[float]:
     return rates
 
 
+@pytest.mark.feature(
+    "`limit_*_batches`, `val_check_interval`, `max_steps`, `detect_anomaly`, `deterministic`, `profiler`, `barebones`"
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -58,6 +61,7 @@ def test_short_runs_have_meta_updates(trainer: Any, steps: int) -> None:
     assert [record["step"] for record in callback.history] == list(range(every, steps + 1, every))
 
 
+@pytest.mark.feature("`fast_dev_run`, short runs", "works", "at least one meta-update")
 @pytest.mark.filterwarnings("ignore:Running in `fast_dev_run`")
 @pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("batches", [1, 3])

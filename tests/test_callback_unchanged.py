@@ -52,6 +52,11 @@ def assert_unchanged(trainer: Any, make: Any, callback: LearnToLearn | None = No
 ADAM = lambda parameters: torch.optim.Adam(parameters, lr=0.01)  # noqa: E731
 
 
+@pytest.mark.feature(
+    "batch norm, dropout, attention, recurrent layers, tied layers, torchmetrics",
+    "works",
+    "the run is the same bit for bit while only watching",
+)
 @pytest.mark.parametrize("make", [Rich, Attention, Recurrent, TiedAndFrozen, Twice])
 @pytest.mark.parametrize("optimizer", [sgd(0.1, momentum=0.9), ADAM], ids=["momentum", "adam"])
 def test_run_is_bitwise_unchanged_without_meta_updates(trainer: Any, make: Any, optimizer: Any) -> None:
@@ -88,6 +93,7 @@ class Stream(IterableDataset):
             yield inputs, inputs[:3].argmax()
 
 
+@pytest.mark.feature("persistent workers", "works", "the run's workers are not ours")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_streams_with_persistent_workers_are_unchanged(trainer: Any, workers: int) -> None:
     def data() -> Any:

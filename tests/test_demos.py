@@ -195,6 +195,7 @@ def fit(trainer: Any, demo: Demo, make: Callable[..., LearnToLearn] | None, **ou
     return fitted, module, *callbacks
 
 
+@pytest.mark.feature("the modules of `lightning.pytorch.demos`")
 @pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("name", DEMOS)
 def test_every_demo_of_lightning_is_learned_on(trainer: Any, name: str) -> None:

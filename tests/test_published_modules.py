@@ -169,6 +169,9 @@ MODULES: dict[str, tuple[Fit, str]] = {
 }
 
 
+@pytest.mark.feature(
+    "modules of pytorch-forecasting, neuralforecast, chemprop and PyTorch Geometric", "works", "unmodified"
+)
 @pytest.mark.parametrize("name", MODULES)
 def test_a_published_module_is_learned_on_unmodified(trainer: Any, name: str) -> None:
     train, which = MODULES[name]

@@ -85,6 +85,7 @@ def refused(trainer: Any, module: Any, message: str, callback: Any = None, **opt
     return str(caught.value)
 
 
+@pytest.mark.feature("manual optimization", "refused")
 def test_manual_optimization_is_refused(trainer: Any) -> None:
     class Manual(Plain):
         def __init__(self) -> None:
@@ -94,6 +95,7 @@ def test_manual_optimization_is_refused(trainer: Any) -> None:
     assert "meta_gradient" in refused(trainer, Manual(), "automatic optimization")
 
 
+@pytest.mark.feature("no optimizer", "refused")
 @pytest.mark.filterwarnings("ignore:.*returned `None`, this fit will run with no optimizer.*")
 def test_no_optimizer_is_refused(trainer: Any) -> None:
     class Without(Plain):
@@ -103,6 +105,7 @@ def test_no_optimizer_is_refused(trainer: Any) -> None:
     assert "Return a torch.optim optimizer" in refused(trainer, Without(), "no optimizer to work on")
 
 
+@pytest.mark.feature("an optimizer without a mirror", "refused", "the message lists those that have one")
 def test_an_optimizer_without_a_mirror_is_refused_with_those_that_have_one(trainer: Any) -> None:
     module = Plain(lambda parameters: torch.optim.Rprop(parameters))
     message = refused(trainer, module, "no differentiable mirror of Rprop")
@@ -115,6 +118,7 @@ def test_what_the_optimizer_does_not_have_cannot_be_learned(trainer: Any) -> Non
     refused(trainer, Plain(sgd(0.1)), "momentum is 0", callback)
 
 
+@pytest.mark.feature("`training_step(self, dataloader_iter)`", "refused")
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 def test_a_step_that_reads_the_iterator_is_refused(trainer: Any) -> None:
     class Reads(Plain):
@@ -124,6 +128,7 @@ def test_a_step_that_reads_the_iterator_is_refused(trainer: Any) -> None:
     refused(trainer, Reads(), "dataloader_iter")
 
 
+@pytest.mark.feature("`weight_norm`", "refused")
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated.*:FutureWarning")
 @pytest.mark.parametrize("normalise", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
 def test_weight_norm_is_refused(trainer: Any, normalise: Any) -> None:
@@ -134,6 +139,7 @@ def test_weight_norm_is_refused(trainer: Any, normalise: Any) -> None:
     assert "net.0" in refused(trainer, Normalised(), "weight_norm")
 
 
+@pytest.mark.feature("sparse gradients", "refused")
 def test_sparse_embeddings_are_refused(trainer: Any) -> None:
     class Sparse(Plain):
         def make_net(self) -> nn.Module:
@@ -142,6 +148,7 @@ def test_sparse_embeddings_are_refused(trainer: Any) -> None:
     refused(trainer, Sparse(), "sparse gradients .here: net.0")
 
 
+@pytest.mark.feature("a `configure_gradient_clipping` of one's own", "refused")
 def test_gradient_clipping_of_the_user_s_own_is_refused(trainer: Any) -> None:
     class Clips(Plain):
         def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
@@ -151,6 +158,7 @@ def test_gradient_clipping_of_the_user_s_own_is_refused(trainer: Any) -> None:
     refused(trainer, Clips(), "configure_gradient_clipping of your own", gradient_clip_val=0.5)
 
 
+@pytest.mark.feature("FSDP, DeepSpeed, model parallel strategies", "refused")
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "ShardedStrategy"])
 def test_strategies_that_own_the_parameters_are_refused(name: str) -> None:
     fitted = SimpleNamespace(strategy=type(name, (Strategy,), {"__init__": lambda self: None, **ABSTRACT})())
@@ -199,6 +207,7 @@ def test_negative_losses_work_with_the_naive_objective(trainer: Any) -> None:
     assert "objective='naive'" in refused(trainer, Loses(lambda loss: loss - 5), "negative")
 
 
+@pytest.mark.feature('no validation data with `meta_data="val"`', "refused")
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
 def test_no_validation_data_names_the_two_ways_out(trainer: Any) -> None:
