@@ -84,7 +84,7 @@ class Writes(TorchCheckpointIO):
         self.events.pass_("after a checkpoint is written", checkpoint["global_step"])
 
 
-def train(folder: Path, events: Events, searches: bool, *, resumed: bool = False) -> dict[str, Any]:
+def train(folder: Path, events: Events, mode: str, *, resumed: bool = False) -> dict[str, Any]:
     """Three epochs of six steps, with a meta-update every three and a checkpoint every two steps.
 
     A loader that resumes in mid-epoch can only be iterated, so that there is no search; with the other one there is,
@@ -92,7 +92,9 @@ def train(folder: Path, events: Events, searches: bool, *, resumed: bool = False
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    callback, module = learner(initial_search=True, learned=LearnedStepSize(per="tensor")), Module(events)
+    searches = mode == "search"
+    ours: dict[str, Any] = {"estimator": "live"} if mode == "live" else {"learned": LearnedStepSize(per="tensor")}
+    callback, module = learner(initial_search=True, **ours), Module(events)
     saves = ModelCheckpoint(folder, every_n_train_steps=2, save_last=True)
     options = {**QUIET, "enable_checkpointing": True, "max_epochs": 3, "num_sanity_val_steps": 1}
     with warnings.catch_warnings():
@@ -124,28 +126,28 @@ def result(callback: LearnToLearn, module: Module) -> dict[str, Any]:
     }
 
 
-def killed(folder: Path, events: Events, searches: bool) -> None:
+def killed(folder: Path, events: Events, mode: str) -> None:
     """Trains in a process of its own, which must end by the signal."""
     context = multiprocessing.get_context("forkserver")  # forks a process that has imported what takes long
     context.set_forkserver_preload(["lightning_l2l", "lightning.pytorch.callbacks", "torchmetrics.classification"])
-    process = context.Process(target=train, args=(folder, events, searches))
+    process = context.Process(target=train, args=(folder, events, mode))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL, f"ended with {process.exitcode}"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in mid-epoch", "after a search"])
-def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, dict[str, Any], list[int]]:
-    """Whether it searches, what it gives if nothing happens, and the step of each event."""
+@pytest.fixture(scope="module", params=["look-ahead", "live", "search"])
+def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], list[int]]:
+    """The mode, what it gives if nothing happens, and the step of each event."""
     events = Events()
     found = train(tmp_path_factory.mktemp("uninterrupted"), events, request.param)
     assert [record["step"] for record in found["history"]] == [3, 6, 9, 12, 15, 18] and found["steps"] == 18
     return request.param, found, events.steps
 
 
-def assert_resumes(folder: Path, events: Events, searches: bool, expected: dict[str, Any]) -> None:
-    killed(folder, events, searches)
-    assert difference(expected, train(folder, Events(), searches, resumed=True)) == ""
+def assert_resumes(folder: Path, events: Events, mode: str, expected: dict[str, Any]) -> None:
+    killed(folder, events, mode)
+    assert difference(expected, train(folder, Events(), mode, resumed=True)) == ""
 
 
 # The hook, or other event, and the optimizer steps before it.
@@ -162,6 +164,11 @@ IN_MID_EPOCH = {
     "in validation": ("on_validation_batch_end", 12),
     "after the last step": ("on_train_end", 18),
 }
+IN_A_LIVE_WINDOW = {
+    "before a live window": ("training step", 6),
+    "after the first step of a live window": ("training step", 8),
+    "before a live window is judged": ("on_train_batch_end", 9),
+}
 AFTER_A_SEARCH = {
     "in the initial search": ("look-ahead in on_train_start", 0),
     "at the start of an epoch": ("on_train_epoch_start", 12),
@@ -169,30 +176,33 @@ AFTER_A_SEARCH = {
 }
 
 
+MOMENTS: dict[str, dict[str, tuple[str, int]]] = {
+    "look-ahead": IN_MID_EPOCH,
+    "live": IN_A_LIVE_WINDOW,
+    "search": AFTER_A_SEARCH,
+}
+CASES = [(mode, moment) for mode, moments in MOMENTS.items() for moment in moments]
+
+
 @pytest.mark.feature(
     "a run that is killed at any moment", "works", "resumed from its last checkpoint it is the uninterrupted one"
 )
-@pytest.mark.parametrize(
-    ("run", "moment"),
-    [*((False, moment) for moment in IN_MID_EPOCH), *((True, moment) for moment in AFTER_A_SEARCH)],
-    indirect=["run"],
-    ids=[*IN_MID_EPOCH, *AFTER_A_SEARCH],
-)
+@pytest.mark.parametrize(("run", "moment"), CASES, indirect=["run"], ids=[moment for _, moment in CASES])
 def test_killed_and_resumed_equals_uninterrupted(moment: str, tmp_path: Path, run: Any) -> None:
-    searches, expected, _ = run
-    kind, step = (AFTER_A_SEARCH if searches else IN_MID_EPOCH)[moment]
-    assert_resumes(tmp_path, Events(kind=kind, step=step), searches, expected)
+    mode, expected, _ = run
+    kind, step = MOMENTS[mode][moment]
+    assert_resumes(tmp_path, Events(kind=kind, step=step), mode, expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [False], indirect=True, ids=["in mid-epoch"])
+@pytest.mark.parametrize("run", ["look-ahead", "live"], indirect=True)
 @pytest.mark.parametrize("step", [5, 6, 7, 8])
 def test_killed_between_any_two_hooks_and_resumed_equals_uninterrupted(step: int, tmp_path: Path, run: Any) -> None:
     """A meta-update, a validation, the end of an epoch and two checkpoints are among them."""
-    searches, expected, steps = run
+    mode, expected, steps = run
     numbers = [number for number, of in enumerate(steps) if of == step]
     assert len(numbers) > 10
     for number in numbers:
         folder = tmp_path / str(number)
         folder.mkdir()
-        assert_resumes(folder, Events(number), searches, expected)
+        assert_resumes(folder, Events(number), mode, expected)
