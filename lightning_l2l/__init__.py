@@ -17,6 +17,7 @@ from lightning_l2l.optimizers import (
     SmallFCOptimizer,
     TinyOptimizer,
 )
+from lightning_l2l.schedule import LearnedSchedule
 
 __all__ = [
     "Diagnostics",
@@ -24,6 +25,7 @@ __all__ = [
     "LearnToLearn",
     "LearnedHyperparameters",
     "LearnedOptimizer",
+    "LearnedSchedule",
     "LearnedStepSize",
     "MLPOptimizer",
     "MetaGradient",

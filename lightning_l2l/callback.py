@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2l.core.initial_search import SearchResult
 from lightning_l2l.core.objectives import Objective
+from lightning_l2l.host.applied_record import exported
 from lightning_l2l.host.refusals import (
     refuse_mixed,
     refuse_module,
@@ -25,6 +26,7 @@ from lightning_l2l.host.session import Session
 from lightning_l2l.host.settings import HostEstimator, Settings, check_learned
 from lightning_l2l.host.trainer import live_optimizer
 from lightning_l2l.optimizers import LearnedOptimizer, LearnedStepSize, LearnedTorchOptimizer
+from lightning_l2l.schedule import LearnedSchedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -272,6 +274,14 @@ class LearnToLearn(pl.Callback):
 
         figure: Figure = plot_history(self.history, path=path)
         return figure
+
+    def export_schedule(self) -> LearnedSchedule:
+        """The rates that were applied, as a table and a ``torch.optim.lr_scheduler`` that replay them without learning.
+
+        Raises:
+            ValueError: No step has been made yet, or the optimizer is itself a learned one.
+        """
+        return exported(self.state_dict() if self._session is None else self._session.schedule())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings and containers: torch loads checkpoints with ``weights_only``."""

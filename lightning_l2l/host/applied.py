@@ -156,6 +156,21 @@ class AppliedValues:
             self._optimizer.param_groups[:] = self._whole_groups
             self._whole_groups = None
 
+    def in_force(self) -> dict[str, Values]:
+        """What the groups show now, by the group's name or number; between split and join by the tensor's name."""
+        groups = self._optimizer.param_groups
+        keys = dict.fromkeys(["lr", *(key for written in self._written for key in written)])
+        labels = [str(group.get("name", index)) for index, group in enumerate(groups)]
+        if self._whole_groups is not None:
+            names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+            labels = [names.get(id(group["params"][0]), str(index)) for index, group in enumerate(groups)]
+        elif len(set(labels)) < len(labels):
+            labels = [str(index) for index in range(len(groups))]
+        return {
+            label: {key: _get(group, key) for key in keys if key in group}
+            for label, group in zip(labels, groups, strict=True)
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Scheduled and applied values, as plain numbers."""
         return {

@@ -14,6 +14,7 @@ _KEYS = {
     "applied": dict,
     "source": dict,
     "steps_seen": int,
+    "schedule": dict,
     "history": list,
 }
 _WAY_OUT = (

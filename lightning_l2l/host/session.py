@@ -18,6 +18,7 @@ from lightning_l2l.core.processes import StepSkippedError
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
+from lightning_l2l.host.applied_record import AppliedRecord
 from lightning_l2l.host.guarded import HELD_OUT_DATA
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import hidden_attribute
@@ -92,6 +93,7 @@ class Session:
             ) from error
         for group in self._meta_optimizer.param_groups:
             group["lr"] = settings.meta_learning_rate
+        self._record = AppliedRecord(saved.get("schedule"))
         self._cleanup = ExitStack()
         self._install(optimizer)
 
@@ -136,7 +138,13 @@ class Session:
         self._learned.project_()
         self.applied.refresh(force=True)
 
+    def schedule(self) -> dict[str, Any]:
+        """What has been applied so far, as in :meth:`state_dict`."""
+        return {"schedule": self._record.state_dict()}
+
     def _after_step(self) -> None:
+        if isinstance(self.applied, AppliedValues):
+            self._record.note(self._trainer.global_step, self.applied)
         self.applied.join()
         self.source.after_step()
 
@@ -196,6 +204,7 @@ class Session:
             "applied": self.applied.state_dict(),
             "source": self.source.state_dict(from_all=from_all),
             "steps_seen": self._steps_seen,
+            **self.schedule(),
         }
 
 
