@@ -12,14 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2l.core.initial_search import SearchResult
 from lightning_l2l.core.objectives import Objective
+from lightning_l2l.host import refusals
 from lightning_l2l.host.applied_record import exported
-from lightning_l2l.host.refusals import (
-    refuse_mixed,
-    refuse_module,
-    refuse_optimizer,
-    refuse_second_learned,
-    refuse_strategy,
-)
 from lightning_l2l.host.report import as_record, by_group, log, logged_values, search_message
 from lightning_l2l.host.saved_state import VERSION, check_saved
 from lightning_l2l.host.session import Session
@@ -73,6 +67,9 @@ class LearnToLearn(pl.Callback):
         search_budget: The most that the range test may cost, as a fraction of the planned training steps (at least 8
             and at most 160 steps). Where a candidate gets fewer than about ten steps, it sees little: raise this for
             a short training.
+        divergence_guard: When the training itself is lost (losses that are not finite, or far above the first), take
+            weights, buffers and optimizer state back to the last good snapshot and cut the rate. Keeps one copy of
+            these. Not with ``meta_learning_rate=0``.
         seed: Seed of everything that the callback draws; it never touches the global random numbers.
         carry: With the live estimator, the part of a window's tangent that the next window starts with: a longer memory
             for one more Hessian-vector product per window.
@@ -100,6 +97,7 @@ class LearnToLearn(pl.Callback):
         meta_learning_rate: float = 0.4,
         initial_search: bool = True,
         search_budget: float = 0.05,
+        divergence_guard: bool = True,
         seed: int = 0,
         carry: float = 0.0,
     ) -> None:
@@ -115,6 +113,7 @@ class LearnToLearn(pl.Callback):
             meta_learning_rate,
             initial_search,
             search_budget,
+            divergence_guard,
             seed,
             carry,
         )
@@ -142,14 +141,14 @@ class LearnToLearn(pl.Callback):
                 self._reset()
             # Else the same Trainer goes on with the same training (after Ctrl-C, or for more epochs), and so do we.
             self._loaded = self._state
-            refuse_strategy(trainer)
-            refuse_mixed(trainer, self.settings)
+            refusals.refuse_strategy(trainer)
+            refusals.refuse_mixed(trainer, self.settings)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what can be refused once there is an optimizer."""
-        refuse_module(trainer, pl_module)
-        refuse_optimizer(live_optimizer(trainer), pl_module)
-        refuse_second_learned(live_optimizer(trainer), self._given, self.settings)
+        refusals.refuse_module(trainer, pl_module)
+        refusals.refuse_optimizer(live_optimizer(trainer), pl_module)
+        refusals.refuse_second_learned(live_optimizer(trainer), self._given, self.settings)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizer, restored or fresh, and find a rate to start from."""
@@ -184,7 +183,7 @@ class LearnToLearn(pl.Callback):
         if session.has_unfinished_step:  # resumed from a checkpoint that was saved before our on_train_batch_end
             self._finish_step()
         session.applied.refresh()
-        session.source.see_batch(batch, batch_idx)
+        session.see_batch(batch, batch_idx)
         if not session.opens_late:
             session.source.rehearse()
 
@@ -215,8 +214,7 @@ class LearnToLearn(pl.Callback):
     ) -> None:
         """Log the rate that was applied; when it is time, ask for the meta-gradient and apply it."""
         session = self._running
-        if not outputs:
-            session.source.skip_batch()
+        session.see_outputs(outputs)
         if session.has_unfinished_step:
             rates = by_group("learning_rate", self.learning_rates, live_optimizer(trainer).param_groups)
             # Lightning keeps a logged value until the epoch ends; logging it again costs as much as a small layer.

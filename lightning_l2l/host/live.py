@@ -204,9 +204,15 @@ class LiveSteps:
         except StepRefusedError:
             self.drop()  # the run goes on: what it would not train on, it is not judged by
 
-    def drop(self) -> None:
-        """There is nothing to judge this window by."""
+    def drop(self, *, tangents: bool = False) -> None:
+        """There is nothing to judge this window by.
+
+        Args:
+            tangents: What would be carried into the next one is worth nothing either.
+        """
         self._unroll = None
+        if tangents:
+            self._carried = None
 
     def result(self) -> MetaGradient:
         """The window's meta-gradient.

@@ -108,6 +108,19 @@ class LookAhead:
             assert self._held_out is not None
             return self._moved(self._held_out.batch(number), held_out=True)
 
+    def judges(self, first: int) -> list[Window]:
+        """A few batches to compare two states by, from this number on, held out if there are such; none of a stream."""
+        if self._held_out is not None:
+            # A stream is not read ahead: the meta-updates to come shall see the batches that they would have seen.
+            count = _SEARCH_BATCHES if isinstance(self._held_out, IndexedBatches) else 1
+            return [self.held_out(number) for number in range(first, first + count)]
+        loader = first_loader(self._trainer.train_dataloader)
+        if not is_indexable(loader):
+            return []
+        source = self._source(loader, held_out=False)
+        numbers = range(first, first + _SEARCH_BATCHES)
+        return [self._moved(source.batch(number), held_out=False) for number in numbers]
+
     def meta_gradient(self, windows: Sequence[Window], judge: Window) -> MetaGradient:
         """The meta-gradient of an unroll over these windows from the run's present state.
 

@@ -94,7 +94,7 @@ def as_record(update: MetaUpdate, learning_rates: Sequence[float], values: list[
         values: The learned values in force after it, by group and key of ``torch.optim``.
     """
     result = update.result
-    diagnostics: dict[str, Any] = {"note": update.note}
+    diagnostics: dict[str, Any] = {"trouble": update.trouble, "note": update.note}
     if result is not None:
         found = result.diagnostics
         diagnostics |= {

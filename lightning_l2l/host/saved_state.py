@@ -14,6 +14,7 @@ _KEYS = {
     "applied": dict,
     "source": dict,
     "steps_seen": int,
+    "guard": dict,
     "schedule": dict,
     "history": list,
 }

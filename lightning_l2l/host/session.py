@@ -19,6 +19,7 @@ from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.applied_record import AppliedRecord
+from lightning_l2l.host.guard import DivergenceGuard
 from lightning_l2l.host.guarded import HELD_OUT_DATA
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import hidden_attribute
@@ -94,6 +95,9 @@ class Session:
         for group in self._meta_optimizer.param_groups:
             group["lr"] = settings.meta_learning_rate
         self._record = AppliedRecord(saved.get("schedule"))
+        self.guard = DivergenceGuard(
+            trainer, module, learned, self.applied, settings, self._processes, saved.get("guard")
+        )
         self._cleanup = ExitStack()
         self._install(optimizer)
 
@@ -148,6 +152,17 @@ class Session:
         self.applied.join()
         self.source.after_step()
 
+    def see_batch(self, batch: Any, batch_index: int) -> None:
+        """A training batch begins."""
+        self.guard.keep_first()
+        self.source.see_batch(batch, batch_index)
+
+    def see_outputs(self, outputs: Any) -> None:
+        """``training_step`` returned this for it; nothing if it was skipped."""
+        self.guard.see(outputs)
+        if not outputs:
+            self.source.skip_batch()
+
     def finish_step(self) -> MetaUpdate | None:
         """The optimizer has stepped: when it is time, ask for the meta-gradient and apply it.
 
@@ -155,6 +170,11 @@ class Session:
             What was done; ``None`` if it was not time.
         """
         self._steps_seen = self._trainer.global_step
+        rescue = self.guard.check(self.source.judges, due=self.source.is_due)
+        if rescue:
+            self.source.abandon()
+            self._meta_optimizer.state.clear()  # what it remembers was seen elsewhere
+            return MetaUpdate(self._steps_seen, None, "rolled_back", rescue)
         try:
             result = self.source.finish_step()
         except StepSkippedError:
@@ -182,6 +202,7 @@ class Session:
         if self._settings.meta_learning_rate == 0:
             return MetaUpdate(self._steps_seen, result, trouble, f"{note} Observed only.".strip())
         if result.usable:
+            self.guard.all_is_well(self.source.judges)
             self._meta_optimizer.apply(self._learned, result.gradients)
         else:
             # Never apply what is not a gradient. Diverging means that the rate is too large, and that much is known.
@@ -204,6 +225,7 @@ class Session:
             "applied": self.applied.state_dict(),
             "source": self.source.state_dict(from_all=from_all),
             "steps_seen": self._steps_seen,
+            "guard": self.guard.state_dict(),
             **self.schedule(),
         }
 

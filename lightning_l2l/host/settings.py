@@ -33,6 +33,7 @@ class Settings:
     meta_learning_rate: float
     initial_search: bool
     search_budget: float
+    divergence_guard: bool
     seed: int
     carry: float
 
@@ -68,8 +69,9 @@ class Settings:
                 f"LearnToLearn(carry={self.carry}) must be in [0, 1]: the part of a window's tangent that the next one "
                 "starts with; 0 for windows that know nothing of each other."
             )
-        if not isinstance(self.initial_search, bool):
-            raise _wrong_type(self, "initial_search", "True or False")
+        for name in ("initial_search", "divergence_guard"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong_type(self, name, "True or False")
 
 
 def check_learned(learned: object) -> None:

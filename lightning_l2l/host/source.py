@@ -18,7 +18,7 @@ from lightning_l2l.host.live import LiveSteps, live_obstacle, prefers_live
 from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.trainer import planned_steps
-from lightning_l2l.host.training_step import joined
+from lightning_l2l.host.training_step import Window, joined
 from lightning_l2l.host.windows import RememberedWindows
 from lightning_l2l.optimizers import LearnedOptimizer
 
@@ -143,6 +143,21 @@ class MetaGradientSource:
         if self._live is not None:
             self._live.after_step()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the optimizer steps that have been taken end with a meta-update."""
+        return self._trainer.global_step % self._every == 0
+
+    def judges(self) -> list[Window]:
+        """A few batches to compare two states by; none where a stream of training batches is all there is."""
+        return self.look_ahead.judges(self._drawn)
+
+    def abandon(self) -> None:
+        """The training goes on from somewhere else than where its last step led."""
+        self._windows.close(self._trainer.accumulate_grad_batches)
+        if self._live is not None:
+            self._live.drop(tangents=True)
+
     def finish_step(self) -> MetaGradient | None:
         """A training step is over, schedulers included.
 
@@ -155,10 +170,9 @@ class MetaGradientSource:
             NegativeLossError: The objective takes the logarithm of a negative loss.
         """
         self._windows.close(self._trainer.accumulate_grad_batches)
-        is_time = self._trainer.global_step % self._every == 0
         if self._live is not None:
-            return self._live_meta_gradient(self._live, is_time)
-        if not is_time:
+            return self._live_meta_gradient(self._live, self.is_due)
+        if not self.is_due:
             return None
         # Not every process may have as many, for example after a resume.
         known = len(self._windows) if self._processes is None else min(self._processes.gather(len(self._windows)))
