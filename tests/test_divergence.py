@@ -64,6 +64,8 @@ def test_zeros_are_suspicious_once() -> None:
     made.unfounded()  # a large embedding: its gradients are zero by right
     made.see_zeros(0.95)
     assert made.calm
+    made.see_zeros(0.999)  # but not these as well
+    assert made.suspicious
 
 
 def test_the_watch_goes_on_where_it_was_saved() -> None:
@@ -89,7 +91,9 @@ HIGH = [30.0, 40.0, 50.0]
         ([7.0] * 3, [2.30, 2.32], [2.30, 2.31], False, False),  # loud and no better, but nothing exploded
         ([7.0] * 3, [2.30, 2.32], [2.30, 2.31], True, True),
         ([], [2.30, 2.32], [2.30, 2.31], True, True),
-        (HIGH, [2.3, 2.3], [1.9, 2.0], True, False),  # better than before: whatever it was, it is over
+        (HIGH, [2.3, 2.3], [2.1, 2.2], False, False),  # better than before: whatever it was, it is over
+        ([], [2.3, 2.3], [1.9, 2.0], True, True),  # what is left of a network learns a little
+        ([], [2.3, 2.3], [1.5, 1.5], True, False),
         ([], [2.3, 2.3], [2.3, 2.3], False, False),  # a step that the loss scaler skipped
         (HIGH, [math.nan, 2.3], [math.nan, 2.3], True, False),  # the batch is broken, not the weights
         ([9.0] * 3, [-3.0, 3.1], [-2.0, 3.5], False, False),  # noise around zero: the spread is the measure
@@ -104,4 +108,4 @@ def test_verdict(high: list[float], before: list[float], now: list[float], dead:
 def test_zeros_are_counted_exactly() -> None:
     assert zero_share([]) == zero_share([None]) == 0.0
     assert zero_share([torch.eye(4), torch.full((4,), 1e-30)]) == 12 / 20
-    assert has_died(0.5, 0.99) and not has_died(0.9, 0.99) and not has_died(0.5, 0.7)
+    assert has_died(0.5, 0.99) and has_died(0.9, 0.99) and not has_died(0.9, 0.95) and not has_died(0.5, 0.7)

@@ -95,10 +95,9 @@ def fit_digits(trainer: Any, optimizer: Any, **options: Any) -> tuple[float, Lea
     [
         (sgd(10.0, momentum=0.9), True),
         (sgd(10.0, momentum=0.9), False),
-        (sgd(1e3, momentum=0.9), True),
         (ADAM(10.0), True),
     ],
-    ids=["sgd", "sgd, as on an accelerator", "far", "adam"],
+    ids=["sgd", "sgd, as on an accelerator", "adam"],
 )
 def test_a_run_that_is_lost_recovers(
     trainer: Any, monkeypatch: pytest.MonkeyPatch, make: Any, every_step: bool
@@ -188,7 +187,7 @@ class Embeds(Plain):
         return functional.cross_entropy(self.net((batch[0] > 0).long()), batch[1])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("make", [PolicyGradient, HeavyTails, FadesIn, Negative, Embeds, Rich])
 def test_a_healthy_run_is_never_taken_back(trainer: Any, make: Any, seed: int) -> None:
     class Seeded(make):  # type: ignore[misc]
@@ -198,9 +197,9 @@ def test_a_healthy_run_is_never_taken_back(trainer: Any, make: Any, seed: int) -
     found = []
     for guard in (True, False):
         callback, module = guarded(objective="naive", divergence_guard=guard), Seeded(sgd(0.05))
-        fitted = fit(trainer, module, callback, max_epochs=20)
+        fitted = fit(trainer, module, callback)
         found.append(outcome(fitted, module)["state"])
-        assert rollbacks(callback) == [] and len(callback.history) == 12
+        assert rollbacks(callback) == [] and len(callback.history) == 7
     assert difference(*found) == ""
 
 

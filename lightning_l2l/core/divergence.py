@@ -23,9 +23,12 @@ _RECENT = 10
 _CLEARLY_WORSE = 0.5
 _CLEARLY_BETTER = 0.02
 _FAR_ABOVE = 9.0
-# Shares of gradient entries that are exactly zero (measured on digits: 0.1 to 0.6 in networks that train, 0.93 to 1 in
-# dead or nearly dead ones).
-_DEAD, _ALIVE = 0.8, 0.7
+# Share of gradient entries that are exactly zero (measured on digits: 0.1 to 0.6 in networks that train well, 0.8 to 1
+# in those whose units have died).
+_MANY_ZEROS = 0.8
+# A network has died if so much less of its gradient is left; what is left has to do this much better to be spared.
+_LEFT_OVER = 0.25
+_MUCH_BETTER = 0.25
 
 
 class LossWatch:
@@ -58,8 +61,8 @@ class LossWatch:
         self._broken: int = saved.get("broken", 0)
         self._recent: list[float] = list(saved.get("recent", []))
         self.high: list[float] = list(saved.get("high", []))
-        self._silent: bool = saved.get("silent", False)
-        self._often_silent: bool = saved.get("often_silent", False)
+        self._zeros: float = saved.get("zeros", 0.0)
+        self._tolerated_zeros: float = saved.get("tolerated_zeros", _MANY_ZEROS)
 
     def see(self, loss: float) -> None:
         """The loss of one training step."""
@@ -74,7 +77,11 @@ class LossWatch:
 
     def see_zeros(self, share: float) -> None:
         """The share of gradient entries of the last step that are exactly zero."""
-        self._silent = seems_dead(share) and not self._often_silent
+        self._zeros = share
+
+    @property
+    def _silent(self) -> bool:
+        return self._zeros > self._tolerated_zeros
 
     @property
     def suspicious(self) -> bool:
@@ -98,13 +105,14 @@ class LossWatch:
 
     def forget(self) -> None:
         """All is well, or well again."""
-        self.high, self._recent, self._broken, self._silent = [], [], 0, False
+        self.high, self._recent, self._broken, self._zeros = [], [], 0, 0.0
 
     def unfounded(self) -> None:
         """The suspicion was none: be slower with the next one."""
         if self.high:
             self._threshold = max(self._threshold, *self.high)
-        self._often_silent |= self._silent
+        if self._silent:  # a large embedding has many zeros by right
+            self._tolerated_zeros = (1 + self._zeros) / 2
         self._tolerated = max(self._tolerated, 2 * self._broken)
         self.forget()
 
@@ -117,8 +125,8 @@ class LossWatch:
             "broken": self._broken,
             "high": list(self.high),
             "recent": list(self._recent),
-            "silent": self._silent,
-            "often_silent": self._often_silent,
+            "zeros": self._zeros,
+            "tolerated_zeros": self._tolerated_zeros,
         }
 
 
@@ -152,7 +160,7 @@ def is_lost(high: Sequence[float], before: Sequence[float], now: Sequence[float]
     size = max(abs(level), statistics.pstdev(before))
     if present > level + _CLEARLY_WORSE * size:
         return True
-    if present < level - _CLEARLY_BETTER * size:
+    if present < level - (_MUCH_BETTER if dead else _CLEARLY_BETTER) * size:
         return False
     return dead or bool(high) and statistics.median(high) > level + _FAR_ABOVE * size
 
@@ -181,19 +189,14 @@ def zero_share(gradients: Sequence[Tensor | None]) -> float:
     return float(torch.stack([(gradient == 0).sum() for gradient in present]).sum()) / entries
 
 
-def seems_dead(share: float) -> bool:
-    """Whether so large a share of zero gradients is worth a comparison; a large embedding has it by right."""
-    return share > _DEAD
-
-
 def has_died(before: float, now: float) -> bool:
-    """Whether the share of zero gradients on the same batch has become that of a network whose units are all off.
+    """Whether the share of zero gradients on the same batch has become that of a network whose units are off.
 
     Example:
         >>> has_died(before=0.3, now=0.998), has_died(before=0.95, now=0.96)
         (True, False)
     """
-    return seems_dead(now) and before < _ALIVE
+    return now > _MANY_ZEROS and 1 - now < _LEFT_OVER * (1 - before)
 
 
 def _mean(values: Sequence[float]) -> float:
