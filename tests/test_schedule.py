@@ -165,6 +165,7 @@ def test_the_record_goes_on_after_a_resume(trainer: Any, tmp_path: Path) -> None
     assert len(after.steps) == len(whole.export_schedule().steps) > len(before.steps)
 
 
+@pytest.mark.filterwarnings("ignore:LearnToLearn, after step")  # about a look-ahead
 def test_a_step_that_the_scaler_skips_costs_no_row(trainer: Any) -> None:
     callback = learner()
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20))
