@@ -29,17 +29,15 @@ if TYPE_CHECKING:
 class LearnToLearn(pl.Callback):
     """Learns the learning rate (or other hyperparameters) of any LightningModule during its own training.
 
-    Every ``every_n_steps`` optimizer steps, the last ``unroll_steps`` training batches are trained on once more, on a
-    copy and differentiably, from the current weights and optimizer state. The loss on a held-out batch afterwards is
-    the meta-objective; its exact derivative with respect to the logarithm of the learning rate moves the rate. Before
-    training, a short range test finds a rate to start from. Module, optimizer, schedulers and data stay yours.
+    Every ``every_n_steps`` optimizer steps it asks how the loss on a held-out batch would differ, had the learning rate
+    been a little different during the last ``unroll_steps`` steps, and moves the logarithm of the rate along that exact
+    derivative. Before training, a short range test finds a rate to start from; a run that is lost is taken back.
+    Module, optimizer, schedulers and data stay yours.
 
     **When it helps.** You do not know a good learning rate, or one constant rate is not good all the way. **What it
-    costs**: for each unrolled step three training steps (large networks) to six (tiny ones), so with the defaults the
-    training takes about twice as long; the range test is 5 % of its steps. **What it does not do**: it needs automatic
-    optimization, a single device or DDP (where the mean over the processes is looked ahead, as it is trained on), and
-    an optimizer with a mirror (SGD, Adam, AdamW, NAdam, RAdam, RMSprop, Adagrad); everything that is refused is refused
-    before training, with the reason.
+    costs**: docs, "benchmarks"; the range test is 5 % of the steps. **What it does not do**: it needs automatic
+    optimization, a single device or DDP, and an optimizer with a mirror (SGD, Adam, AdamW, NAdam, RAdam, RMSprop,
+    Adagrad); everything that is refused is refused before training, with the reason.
 
     Nothing else of the run changes: parameters, buffers, random numbers, metrics, attributes of the modules and the
     order of the data are those of the run without the callback (bit for bit, with ``meta_learning_rate=0,
@@ -49,7 +47,7 @@ class LearnToLearn(pl.Callback):
         learned: What is learned. ``None``: ``LearnedStepSize(per="group")``, one factor on the scheduled
             rate of each parameter group. It is a template: each fit learns on a copy, :attr:`learned`. Leave it out
             where the optimizer is itself a learned one (``as_torch_optimizer``): that one is trained on, in place.
-        unroll_steps: Training steps K that are looked ahead.
+        unroll_steps: Training steps K that a meta-gradient covers.
         every_n_steps: Optimizer steps from one meta-update to the next. A run that is known to be shorter than two of
             these makes its updates correspondingly more often, at least one.
         objective: The meta-objective: ``"log"`` (of the loss after K steps, divided by K), ``"naive"`` (that loss), or

@@ -187,7 +187,9 @@ class DivergenceGuard:
 
     def _go_back(self, snapshot: Snapshot) -> str:
         snapshot.restore(self._module, live_optimizer(self._trainer))
-        cut = _SMALL_CUT if self._watch.out_of_nowhere and not self._since_snapshot else _CUT
+        nowhere = self._watch.out_of_nowhere and not self._since_snapshot
+        # A process whose losses are well has no say; the others have to agree, or their rates would differ.
+        cut = _CUT if self._any(self._watch.suspicious and not nowhere) else _SMALL_CUT
         self._watch.forget()
         self.rollbacks += 1
         self._since_snapshot += 1
