@@ -167,11 +167,12 @@ class LookAhead:
         """Whether the loss on this batch, in the run's present state, is finite on every process."""
         parameters, buffers = owned_tensors(self._module, self._optimizer)
         # The step may write buffers: in place, so that it is given copies.
-        written = {name: buffer.clone() for name, buffer in buffers.items()}
+        tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+        tensors.update({name: buffer.clone() for name, buffer in buffers.items()})
 
         def evaluate() -> float:
             with invisible(self._trainer, self._module, self.seed + self._trainer.global_step), torch.no_grad():
-                return self._loss({**parameters, **written}, batch).item()
+                return self._loss(tensors, batch).item()
 
         with together(self._processes):
             try:
