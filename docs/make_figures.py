@@ -27,7 +27,7 @@ KEPT = (
 def main() -> None:
     """Run the examples and the sanity module, and keep their figures."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("digits", "diagnostics"):
+        for name in ("digits", "diagnostics", "fabric", "meta_train_optimizer"):
             run([sys.executable, str(DOCS.parent / "examples" / f"{name}.py")], folder)
             shutil.copy(Path(folder) / f"{name}.png", FIGURES)
         run([sys.executable, "-m", "lightning_l2l", "sanity", "--plots", folder], folder)

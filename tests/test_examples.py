@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,32 @@ def test_plain_pytorch_learns_without_lightning(capsys: pytest.CaptureFixture[st
     assert len(rates) == 3 and rates[-1] > rates[0]  # 48 steps; from 0.01 the way is up
     assert with_learning < without
     assert "test loss" in capsys.readouterr().out
+
+
+def test_fabric_learns_without_a_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    runs = load("fabric").main(["--quick"])
+    assert {rate for _, rate, _ in runs["constant"]} == {1e-3}
+    assert [step for step, *_ in runs["learned"]] == [0, 20, 40, 60, 80]
+    rates = [rate for _, rate, _ in runs["learned"]]
+    # From a rate that is far too small every meta-update rises: a quarter of 0.4, times a vote of at most the root of 2
+    # (a gradient over the root of an average of squares in which it has half the weight).
+    assert all(1 < later / earlier <= math.exp(0.1 * math.sqrt(2)) for earlier, later in zip(rates, rates[1:], strict=False))
+    assert runs["learned"][-1][2] < runs["constant"][-1][2]
+    assert "held-out loss" in capsys.readouterr().out
+    assert (tmp_path / "fabric.png").stat().st_size > 10_000
+
+
+def test_a_meta_trained_optimizer_is_saved_loaded_and_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from lightning_l2l import SmallFCOptimizer
+
+    runs = load("meta_train_optimizer").main(["--quick"])
+    assert all(len(losses) == 200 for losses in runs.values())
+    untrained, trained = runs["SmallFC, not trained"], runs["SmallFC, meta-trained"]
+    assert untrained != trained and untrained[0] == trained[0]  # the same weights to start from
+    loaded = SmallFCOptimizer.load(tmp_path / "learned.safetensors")
+    assert loaded.tasks == "digits, 64-32-10" and loaded.hidden_size == 8
+    assert "mean training loss" in capsys.readouterr().out
+    assert (tmp_path / "meta_train_optimizer.png").stat().st_size > 10_000
 
 
 def test_per_group_learns_a_rate_for_each_group(capsys: pytest.CaptureFixture[str]) -> None:
