@@ -14,7 +14,8 @@ from lightning_l2l.core.initial_search import SearchResult
 from lightning_l2l.core.objectives import Objective
 from lightning_l2l.host import refusals
 from lightning_l2l.host.applied_record import exported
-from lightning_l2l.host.report import as_record, by_group, log, logged_values, search_message
+from lightning_l2l.host.figures import log_figure
+from lightning_l2l.host.report import as_record, by_group, log, logged_values, no_update_message, search_message
 from lightning_l2l.host.saved_state import VERSION, check_saved
 from lightning_l2l.host.session import Session
 from lightning_l2l.host.settings import HostEstimator, Settings, check_learned
@@ -234,12 +235,10 @@ class LearnToLearn(pl.Callback):
         return logged_values(update)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the training was too short to learn anything: its length cannot always be known in advance."""
+        """Log the figure; say so if the training was too short to learn anything."""
+        log_figure(trainer, self.history)
         if not self.history and trainer.global_step > 0:
-            rank_zero_warn(
-                f"LearnToLearn made no meta-update: training ended after {trainer.global_step} steps, and "
-                f"every_n_steps is {self.settings.every_n_steps}. Make it smaller."
-            )
+            rank_zero_warn(no_update_message(trainer.global_step, self.settings.every_n_steps))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove what the session installed."""

@@ -53,6 +53,14 @@ def search_message(result: SearchResult | str) -> tuple[str, bool]:
     )
 
 
+def no_update_message(steps: int, every_n_steps: int) -> str:
+    """What to say at the end of a training that learned nothing: its length cannot always be known in advance."""
+    return (
+        f"LearnToLearn made no meta-update: training ended after {steps} steps, and every_n_steps is {every_n_steps}. "
+        "Make it smaller."
+    )
+
+
 def log(trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, float], *, prog_bar: bool = False) -> None:
     """Log values of this step as the module would."""
     if trainer.barebones:
