@@ -75,7 +75,9 @@ def test_fabric_learns_without_a_trainer(capsys: pytest.CaptureFixture[str], tmp
     rates = [rate for _, rate, _ in runs["learned"]]
     # From a rate that is far too small every meta-update rises: a quarter of 0.4, times a vote of at most the root of 2
     # (a gradient over the root of an average of squares in which it has half the weight).
-    assert all(1 < later / earlier <= math.exp(0.1 * math.sqrt(2)) for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(
+        1 < later / earlier <= math.exp(0.1 * math.sqrt(2)) for earlier, later in zip(rates, rates[1:], strict=False)
+    )
     assert runs["learned"][-1][2] < runs["constant"][-1][2]
     assert "held-out loss" in capsys.readouterr().out
     assert (tmp_path / "fabric.png").stat().st_size > 10_000
