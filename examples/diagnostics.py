@@ -1,4 +1,4 @@
-"""Reading what the callback saw: a run that learns, a run that is lost, and a meta-gradient that is refused.
+"""Reading what the callback saw: a run that learns, one that is lost and rescued, and a meta-gradient that is refused.
 
 Prints one line for each meta-update and writes diagnostics.png, the first run's `callback.plot()`:
 
@@ -24,8 +24,11 @@ def observe(learning_rate: float, initial_search: bool, epochs: int) -> LearnToL
     L.Trainer(max_epochs=epochs, callbacks=[learner], **QUIET).fit(Classifier(learning_rate=learning_rate), Digits())
     print(f"{'step':>5}{'rate':>10}{'objective':>11}{'gradient':>11}{'growth':>8}   losses of the look-ahead")
     for record in learner.history:
-        found, gradient = record["diagnostics"], record["meta_gradient"]["learning_rate"][0]
-        losses = " ".join(f"{loss:.3f}" for loss in found["losses"])
+        found = record["diagnostics"]
+        if not record["meta_gradient"]:  # no look-ahead at all, and why
+            print(f"{record['step']:5d}{record['learning_rates'][0]:10.3g}   {found['note']}")
+            continue
+        (gradient,), losses = record["meta_gradient"]["learning_rate"], " ".join(f"{x:.3f}" for x in found["losses"])
         print(f"{record['step']:5d}{record['learning_rates'][0]:10.3g}{record['meta_objective']:11.3g}", end="")
         print(f"{gradient:11.3g}{found['growth_rate']:8.2f}   {losses} {found['note']}")
     return learner
@@ -52,7 +55,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     prepare()
     print("From 0.001, with the initial search. Negative gradient: a larger rate would have been better.")
     healthy = observe(1e-3, True, epochs)
-    print("\nFrom 1000, without it. The first steps ruined the weights, and the rate comes down too late.")
+    print("\nFrom 1000, without it. The first steps ruin the weights: back to the snapshot, with a tenth of the rate.")
     observe(1e3, False, min(epochs, 5))
     print("\nA look-ahead that diverges. Its gradient is NaN, never zero, and the callback halves the rate instead.")
     refused()

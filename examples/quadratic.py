@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> list[tuple[int, float, float, fl
     warnings.filterwarnings("ignore", module="lightning")
 
     task = Quadratic.random(20, seed=0, kind="wide")
-    learner = LearnToLearn(unroll_steps=UNROLL_STEPS, every_n_steps=5, meta_learning_rate=1.0)
+    # By looking ahead: the live estimator looks back over the steps just taken, from other weights than the truth's.
+    learner = LearnToLearn(unroll_steps=UNROLL_STEPS, every_n_steps=5, meta_learning_rate=1.0, estimator="forward")
     truth = Truth(task, learner)
     trainer = L.Trainer(
         max_steps=40 if options.quick else 200,

@@ -71,8 +71,9 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 4.3, height: f
 def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
     """The learning rates and the meta-objective of a run, over its training steps.
 
-    A cross at the bottom marks a meta-update whose gradient was refused (``diagnostics["note"]`` says why): the
-    look-ahead had diverged, or left the number range. What cannot be drawn, such as an infinite objective, is left out.
+    A cross at the bottom marks a meta-update without a gradient to apply (``diagnostics["note"]`` says why): the
+    look-ahead had diverged or left the number range, the training was taken back, a batch was skipped. What cannot be
+    drawn, such as an infinite objective, is left out.
 
     Args:
         history: :attr:`LearnToLearn.history`, one record for each meta-update.
@@ -86,7 +87,7 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
         ValueError: No meta-update has happened yet.
 
     Example:
-        >>> record = {"step": 20, "learning_rates": [0.1], "meta_objective": -0.4, "diagnostics": {"note": ""}}
+        >>> record = {"step": 20, "learning_rates": [0.1], "meta_objective": -0.4, "diagnostics": {"trouble": ""}}
         >>> figure = plot_history([record, {**record, "step": 40, "learning_rates": [0.13]}])
         >>> [axis.get_ylabel() for axis in figure.axes]
         ['learning rate', 'meta-objective']
@@ -112,7 +113,7 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
                 linestyle="none",
                 marker="x",
                 color="black",
-                label="gradient refused",
+                label="no gradient applied",
             )
     rates.set(ylabel="learning rate", yscale="log")
     rates.tick_params(labelbottom=False)
@@ -141,7 +142,7 @@ def _draw_rates(axis: Axes, steps: list[int], rates: list[list[float]]) -> None:
 
 
 def _refused(record: Mapping[str, Any]) -> bool:
-    return record["diagnostics"]["note"] not in ("", "observed only")
+    return bool(record["diagnostics"]["trouble"])
 
 
 def _drawable(value: float) -> float:

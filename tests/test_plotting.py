@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import Plain, loaders, observer
 
 from lightning_l2l import LearnToLearn, plotting
 
@@ -14,8 +15,8 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb
 
 
-def record(step: int, rates: list[float], objective: float = -0.5, note: str = "") -> dict[str, Any]:
-    return {"step": step, "learning_rates": rates, "meta_objective": objective, "diagnostics": {"note": note}}
+def record(step: int, rates: list[float], objective: float = -0.5, trouble: str = "") -> dict[str, Any]:
+    return {"step": step, "learning_rates": rates, "meta_objective": objective, "diagnostics": {"trouble": trouble}}
 
 
 def test_rates_are_on_a_logarithmic_axis_and_the_objective_below() -> None:
@@ -28,16 +29,19 @@ def test_rates_are_on_a_logarithmic_axis_and_the_objective_below() -> None:
 
 
 def test_refused_updates_are_marked_where_they_happened() -> None:
-    history = [record(20, [0.1]), record(40, [0.05], math.inf, "The rate was halved instead."), record(60, [0.05])]
+    history = [record(20, [0.1]), record(40, [0.05], math.inf, "diverged"), record(60, [0.05])]
     figure = plotting.plot_history(history)
-    marks = [line for line in figure.axes[0].lines if line.get_label() == "gradient refused"]
+    marks = [line for line in figure.axes[0].lines if line.get_label() == "no gradient applied"]
     assert [list(line.get_xdata()) for line in marks] == [[40]]
     assert math.isnan(figure.axes[1].lines[0].get_ydata()[1])  # an infinite objective is left out
 
 
-def test_observing_only_is_not_a_refusal() -> None:
-    figure = plotting.plot_history([record(20, [0.1], note="observed only")])
-    assert "gradient refused" not in [line.get_label() for line in figure.axes[0].lines]
+def test_observing_only_is_not_a_refusal(trainer: Any) -> None:
+    callback = observer()
+    trainer(callback).fit(Plain(), **loaders())
+    assert callback.history[0]["diagnostics"]["note"]  # it does say that it only observed
+    figure = plotting.plot_history(callback.history)
+    assert "no gradient applied" not in [line.get_label() for line in figure.axes[0].lines]
 
 
 def test_each_group_has_a_line_and_a_late_one_starts_late() -> None:
