@@ -91,3 +91,21 @@ def test_no_pictures_without_plots(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **{**TINY, **settings}, plots=False)
+
+
+@pytest.mark.parametrize(
+    "values", [[20, 24, 28, 32, 40], [100, 250, 500, 750, 1000, 1500, 2000, 4000], [4000, 3990, 3980], [50]]
+)
+def test_labels_of_a_sweep_do_not_overlap(values: list[float]) -> None:
+    pytest.importorskip("matplotlib")
+    from lightning_l2l.experiments._least_squares_figures import _figure, _logarithmic
+
+    figure, axes = _figure(3)
+    axis = axes[0, 0]
+    axis.plot(values, values)
+    _logarithmic(axis, values)
+    figure.draw_without_rendering()
+    labels = [label for label in axis.get_xticklabels(which="both") if label.get_text()]
+    assert str(max(values)) in {label.get_text() for label in labels}
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))

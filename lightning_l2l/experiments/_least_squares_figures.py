@@ -133,6 +133,20 @@ def _sweep(folder: Path, outcomes: list[Outcome], sweep: str) -> Path:
     for axis in axes[0]:
         axis.set(xlabel=_LABELS[sweep])
         if sweep != "noise":
-            axis.set_xscale("log")
+            _logarithmic(axis, values)
     error.legend(frameon=False, fontsize="small")
     return _save(figure, folder / "sweep.png")
+
+
+def _logarithmic(axis: Any, values: list[float]) -> None:
+    """A logarithmic x axis with labels at the values themselves, as many as there is room for."""
+    # matplotlib's own labels (3 x 10^1, 4 x 10^1) overlap where the values span less than a decade.
+    axis.set_xscale("log")
+    ordered = sorted(values, reverse=True)
+    apart = (ordered[0] / ordered[-1]) ** 0.14  # a label takes up to a seventh of the axis
+    labelled: list[float] = []
+    for value in ordered:
+        if not labelled or labelled[-1] >= value * apart:
+            labelled.append(value)
+    axis.set_xticks(labelled, [f"{value:g}" for value in labelled])
+    axis.set_xticks(values, minor=True, labels=[""] * len(values))
