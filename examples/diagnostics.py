@@ -31,6 +31,8 @@ def observe(learning_rate: float, initial_search: bool, epochs: int) -> LearnToL
         (gradient,), losses = record["meta_gradient"]["learning_rate"], " ".join(f"{x:.3f}" for x in found["losses"])
         print(f"{record['step']:5d}{record['learning_rates'][0]:10.3g}{record['meta_objective']:11.3g}", end="")
         print(f"{gradient:11.3g}{found['growth_rate']:8.2f}   {losses} {found['note']}")
+    if learner.history:
+        print("signals at the end:", {name: round(value, 2) for name, value in learner.history[-1]["signals"].items()})
     return learner
 
 

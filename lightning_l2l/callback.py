@@ -12,10 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2l.core.initial_search import SearchResult
 from lightning_l2l.core.objectives import Objective
-from lightning_l2l.host import refusals
+from lightning_l2l.host import refusals, report
 from lightning_l2l.host.applied_record import exported
 from lightning_l2l.host.figures import log_figure
-from lightning_l2l.host.report import as_record, by_group, log, logged_values, no_update_message, search_message
 from lightning_l2l.host.saved_state import VERSION, check_saved
 from lightning_l2l.host.session import Session
 from lightning_l2l.host.settings import HostEstimator, Settings, check_learned
@@ -166,7 +165,7 @@ class LearnToLearn(pl.Callback):
         result = self._running.search()
         if result is not None:
             self.search_result = result if isinstance(result, SearchResult) else None
-            message, is_warning = search_message(result)
+            message, is_warning = report.search_message(result)
             (rank_zero_warn if is_warning else rank_zero_info)(message)
 
     @property
@@ -215,12 +214,12 @@ class LearnToLearn(pl.Callback):
         session = self._running
         session.see_outputs(outputs)
         if session.has_unfinished_step:
-            rates = by_group("learning_rate", self.learning_rates, live_optimizer(trainer).param_groups)
+            rates = report.by_group("learning_rate", self.learning_rates, live_optimizer(trainer).param_groups)
             # Lightning keeps a logged value until the epoch ends; logging it again costs as much as a small layer.
             if (trainer.current_epoch, rates) != self._logged:
                 self._logged = (trainer.current_epoch, rates)
-                log(trainer, pl_module, rates, prog_bar=True)
-            log(trainer, pl_module, self._finish_step())
+                report.log(trainer, pl_module, rates, prog_bar=True)
+            report.log(trainer, pl_module, self._finish_step())
 
     def _finish_step(self) -> dict[str, float]:
         session = self._running
@@ -228,17 +227,16 @@ class LearnToLearn(pl.Callback):
         if update is None:
             return {}
         self.learning_rates = session.applied.learning_rates
-        self.history.append(as_record(update, self.learning_rates, session.applied.values()))
-        if update.trouble and update.trouble not in self._warned:
-            self._warned.add(update.trouble)
-            rank_zero_warn(f"LearnToLearn, after step {update.step}: {update.note} (Said once; see .history.)")
-        return logged_values(update)
+        record = report.as_record(update, self.learning_rates, session.applied.values(), self.history, self.settings)
+        self.history.append(record)
+        report.warn_once(report.remarks(update, self.history), self._warned, update.step)
+        return report.logged_values(update, record)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the figure; say so if the training was too short to learn anything."""
         log_figure(trainer, self.history)
         if not self.history and trainer.global_step > 0:
-            rank_zero_warn(no_update_message(trainer.global_step, self.settings.every_n_steps))
+            rank_zero_warn(report.no_update_message(trainer.global_step, self.settings.every_n_steps))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove what the session installed."""

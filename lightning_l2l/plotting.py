@@ -28,6 +28,9 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#56B4E9", "linestyle": (0, (3, 3))},
 )
 
+# Of a record's signals, those that are drawn; docs, "reading the signals".
+_SIGNALS = ("signal_to_noise", "agreement", "excess_growth")
+
 # Beyond this many lines nobody reads a legend: the middle of them and their range are drawn instead.
 _MOST_LINES = len(STYLES)
 
@@ -72,8 +75,9 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
     """The learning rates and the meta-objective of a run, over its training steps.
 
     A cross at the bottom marks a meta-update without a gradient to apply (``diagnostics["note"]`` says why): the
-    look-ahead had diverged or left the number range, the training was taken back, a batch was skipped. What cannot be
-    drawn, such as an infinite objective, is left out.
+    look-ahead had diverged or left the number range, the training was taken back, a batch was skipped. Below are the
+    signals (docs, "reading the signals"), once there are any. What cannot be drawn, such as an infinite objective, is
+    left out.
 
     Args:
         history: :attr:`LearnToLearn.history`, one record for each meta-update.
@@ -97,8 +101,9 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
             "There is nothing to plot: the history is empty, since no meta-update has happened. Fit first; with "
             "meta_learning_rate=0 the callback observes without changing anything."
         )
-    figure, axes = new_figure(2, width=6.5, height=2.3)
-    rates, objective = axes[:, 0]
+    has_signals = any(map(math.isfinite, [value for record in history for value in record.get("signals", {}).values()]))
+    figure, axes = new_figure(3 if has_signals else 2, width=6.5, height=2.3)
+    rates, objective, *rest = axes[:, 0]
     steps = [record["step"] for record in history]
     _draw_rates(rates, steps, [record["learning_rates"] for record in history])
     objective.plot(steps, [_drawable(record["meta_objective"]) for record in history], marker=".", **STYLES[0])
@@ -116,8 +121,13 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
                 label="no gradient applied",
             )
     rates.set(ylabel="learning rate", yscale="log")
-    rates.tick_params(labelbottom=False)
-    objective.set(ylabel="meta-objective", xlabel="training step")
+    objective.set(ylabel="meta-objective")
+    for axis in rest:
+        axis.sharex(rates)
+        _draw_signals(axis, steps, history)
+    for axis in axes[:-1, 0]:
+        axis.tick_params(labelbottom=False)
+    axes[-1, 0].set(xlabel="training step")
     if len(rates.get_legend_handles_labels()[1]) > 0:
         rates.legend(frameon=False, fontsize="small")
     if path is not None:
@@ -139,6 +149,15 @@ def _draw_rates(axis: Axes, steps: list[int], rates: list[list[float]]) -> None:
     for which, line in enumerate(lines):
         label = f"group {which}" if count > 1 else None
         axis.plot(steps, line, marker=".", label=label, **STYLES[which])
+
+
+def _draw_signals(axis: Axes, steps: list[int], history: Sequence[Mapping[str, Any]]) -> None:
+    for style, name in zip(STYLES, _SIGNALS, strict=False):
+        values = [_drawable(record.get("signals", {}).get(name, math.nan)) for record in history]
+        axis.plot(steps, values, marker=".", label=name.replace("_", " "), **style)
+    axis.axhline(0.0, color="black", linewidth=0.5)
+    axis.set(ylabel="signals")
+    axis.legend(frameon=False, fontsize="small")
 
 
 def _refused(record: Mapping[str, Any]) -> bool:

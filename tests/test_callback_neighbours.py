@@ -246,3 +246,14 @@ def test_the_other_namespace_works_as_well(tmp_path: Path) -> None:
 
     with pytest.raises(Exception, match="configure_gradient_clipping of your own"):
         fit(learner(), module=Clips())
+
+
+@pytest.mark.usefixtures("short_search")
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_initial_search_has_a_progress_bar_where_the_trainer_has_one(
+    trainer: Any, capsys: Any, shown: bool
+) -> None:
+    callback = LearnToLearn()
+    trainer(callback, enable_progress_bar=shown, max_epochs=1).fit(Plain(), **loaders())
+    written = capsys.readouterr().err
+    assert ("initial search" in written) is shown and callback.search_result is not None

@@ -28,6 +28,10 @@ class Diagnostics:
         standard_error: For estimators that sample: the standard error of each meta-gradient, by meta-parameter.
             Empty for exact ones.
         notes: Further remarks, e.g. how particles were computed.
+        training_gradients: What the last training batch says where the meta-batch says :attr:`MetaGradient.gradients`:
+            the derivative of its loss, before its step, with respect to each meta-parameter. It comes for free where a
+            tangent is carried (``"forward"``, ``"live"``, at least two steps); empty elsewhere. For comparing
+            directions: it is the loss's derivative, not the meta-objective's.
     """
 
     estimator: str
@@ -39,6 +43,7 @@ class Diagnostics:
     growth_rate: float
     standard_error: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    training_gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from lightning_l2l.host.guarded import (
 )
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import invisible
+from lightning_l2l.host.progress import progress
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.trainer import (
     live_optimizer,
@@ -243,13 +244,16 @@ class LookAhead:
             with invisible(self._trainer, self._module, self.seed):
                 return loss_after_training(step, start, windows, judges, meta)
 
-        def candidate_loss(candidate: float) -> tuple[float, int]:
-            try:
-                return unless_diverged(lambda: loss_after(windows, candidate), self._processes)
-            except StepRefusedError:
-                return math.inf, steps
+        with applied.attached_to(peaks), progress(self._trainer, "LearnToLearn, initial search", budget) as done:
 
-        with applied.attached_to(peaks):
+            def candidate_loss(candidate: float) -> tuple[float, int]:
+                try:
+                    loss, taken = unless_diverged(lambda: loss_after(windows, candidate), self._processes)
+                except StepRefusedError:
+                    loss, taken = math.inf, steps
+                done(taken)
+                return loss, taken
+
             present = applied.learned_rate()
             start_loss, _ = loss_after([], present)
             return search_learning_rate(candidate_loss, steps=steps, budget=budget, start_loss=start_loss)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,25 +61,30 @@ def forward(
     log_scale = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
     slopes = [torch.zeros_like(log_scale) for _ in directions]
     first_norm = last_norm = None
+    training: list[Tensor] = []
 
     for taken, batch in enumerate(batches, start=1):
         loss = step.evaluate(iterate, batch)
         if tally.diverged(loss):
             break
-        iterate, tangents = advance(step, iterate, loss, meta, directions, tangents)
+        gradients, following, moved = advance(step, iterate, loss, meta, directions, tangents)
+        if taken == len(batches):
+            training = training_slopes(gradients, tangents)
+        iterate, tangents = following, moved
         if step.homogeneity is not None:
             iterate, tangents, log_scale = rescale(iterate, tangents, log_scale)
         if taken == 1 or taken == len(batches):
             last_norm = largest_norm(tangents) + log_scale / math.log(2.0)
             first_norm = last_norm if first_norm is None else first_norm
         if taken in tally.weights:
-            meta_loss, gradients = step.judge(iterate, meta_batch)
+            meta_loss, of_meta_loss = step.judge(iterate, meta_batch)
             slope, exponent = tally.add(taken, meta_loss, log_scale)
-            parts = slopes_along(gradients, tangents, slope, exponent)
+            parts = slopes_along(of_meta_loss, tangents, slope, exponent)
             slopes = [total + part for total, part in zip(slopes, parts, strict=True)]
 
     found = by_name(meta, directions, slopes)
-    return tally.result("forward", reason, found, rate_per_step(first_norm, last_norm, len(batches) - 1)), iterate
+    result = tally.result("forward", reason, found, rate_per_step(first_norm, last_norm, len(batches) - 1))
+    return beside(result, by_name(meta, directions, training)), iterate
 
 
 def advance(
@@ -88,7 +94,7 @@ def advance(
     meta: dict[str, Tensor],
     directions: Sequence[Direction],
     tangents: Sequence[ScaledVector | None],
-) -> tuple[Iterate, list[ScaledVector | None]]:
+) -> tuple[dict[str, Tensor | None], Iterate, list[ScaledVector | None]]:
     """One training step together with its tangents.
 
     Args:
@@ -98,6 +104,9 @@ def advance(
         meta: The meta-parameters by name, detached.
         directions: The scalars to differentiate by.
         tangents: One for each direction; ``None`` stands for zero (the first step).
+
+    Returns:
+        The gradient of the loss, the next iterate and its tangents.
     """
     moving = any(tangent is not None for tangent in tangents)
     gradients = step.gradients(loss, iterate, create_graph=step.second_order and moving)
@@ -109,7 +118,7 @@ def advance(
         keep_graph = index < len(directions) - 1
         product = partial(hessian_vector_product, gradients, iterate.parameters, tangent, keep_graph=keep_graph)
         curvatures.append(averaged(step, product, iterate))
-    return pushed(step, iterate, gradients, meta, directions, tangents, curvatures)
+    return gradients, *pushed(step, iterate, gradients, meta, directions, tangents, curvatures)
 
 
 def pushed(
@@ -162,13 +171,40 @@ def slopes_along(
     return found
 
 
+def training_slopes(gradients: Mapping[str, Tensor | None], tangents: Sequence[ScaledVector | None]) -> list[Tensor]:
+    """The derivative of a training loss for each direction, from its gradient and the tangents there.
+
+    Args:
+        gradients: The training loss's, for each parameter.
+        tangents: One for each direction, before the step.
+
+    Returns:
+        0-dim float64 tensors; none if the tangents are still zero.
+    """
+    if not tangents or any(tangent is None for tangent in tangents):
+        return []
+    first = tangents[0]
+    assert first is not None
+    pairs = zip(gradients.values(), first.tensors, strict=False)
+    filled = [torch.zeros_like(like) if gradient is None else gradient.detach() for gradient, like in pairs]
+    one = torch.ones_like(first.exponent)
+    return slopes_along(filled, tangents, one, torch.zeros_like(one))
+
+
+def beside(result: MetaGradient, training: Mapping[str, Tensor]) -> MetaGradient:
+    """The result with what the last training batch says."""
+    return replace(result, diagnostics=replace(result.diagnostics, training_gradients=training))
+
+
 def directions_of(meta: Mapping[str, Tensor]) -> list[Direction]:
     """Every scalar of the meta-parameters."""
     return [(name, index) for name, tensor in meta.items() for index in range(tensor.numel())]
 
 
 def by_name(meta: Mapping[str, Tensor], directions: Sequence[Direction], slopes: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The derivatives by the scalars, in the meta-parameters' shapes and dtypes."""
+    """The derivatives by the scalars, in the meta-parameters' shapes and dtypes; nothing of nothing."""
+    if not slopes:
+        return {}
     found = {name: torch.zeros_like(tensor) for name, tensor in meta.items()}
     for (name, place), value in zip(directions, slopes, strict=True):
         found[name].view(-1)[place] = value.to(found[name].dtype)

@@ -25,12 +25,14 @@ from torch import Tensor
 
 from lightning_l2l.core.estimators.forward import (
     averaged,
+    beside,
     by_name,
     directions_of,
     hessian_vector_product,
     largest_norm,
     pushed,
     slopes_along,
+    training_slopes,
 )
 from lightning_l2l.core.inner_step import InnerStep, Iterate
 from lightning_l2l.core.objectives import Objective
@@ -67,6 +69,7 @@ class LiveUnroll:
         self._loss: Tensor | None = None
         self._pending: list[ScaledVector | None] | None = None
         self._slopes: list[Tensor] = []
+        self._training: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._steps = steps
         self.taken = 0
@@ -120,6 +123,8 @@ class LiveUnroll:
         """
         assert self._loss is not None
         (self._loss,) = self._step.average(lambda: [self._loss], [self._loss])
+        if self.taken == self._steps - 1:
+            self._training = training_slopes(gradients, self._tangents)
         curvatures: list[MaybeTensors] = [dict.fromkeys(gradients) for _ in self._directions]
         if self.needs_graph:
             curvatures = [averaged(self._step, partial(dict, change), iterate) for change in self._curvatures]
@@ -167,7 +172,8 @@ class LiveUnroll:
         """
         first, last = self._norms[0], self._norms[-1]
         found = by_name(self._meta, self._directions, self._slopes)
-        return self._tally.result("live", reason, found, rate_per_step(first, last, self._steps - 1))
+        result = self._tally.result("live", reason, found, rate_per_step(first, last, self._steps - 1))
+        return beside(result, by_name(self._meta, self._directions, self._training))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the window stands, between two steps: plain tensors, numbers and containers."""
@@ -175,6 +181,7 @@ class LiveUnroll:
             "taken": self.taken,
             "tangents": [{"tensors": list(t.tensors), "exponent": t.exponent} for t in self.tangents],
             "slopes": list(self._slopes),
+            "training": list(self._training),
             "norms": list(self._norms),
             "losses": list(self._tally.inner_losses),
             "meta_losses": list(self._tally.meta_losses),
@@ -194,6 +201,7 @@ class LiveUnroll:
         if moved["tangents"]:
             self._tangents = [ScaledVector(t["tensors"], t["exponent"]) for t in moved["tangents"]]
         self.taken, self._slopes, self._norms = moved["taken"], moved["slopes"], moved["norms"]
+        self._training = moved["training"]
         self._tally.inner_losses, self._tally.meta_losses = moved["losses"], moved["meta_losses"]
         self._tally.value = moved["value"]
 
