@@ -274,3 +274,20 @@ def test_the_schedule_goes_on_under_live_windows(trainer: Any) -> None:
     fitted.fit(Plain(sgd(0.1), schedule), **loaders())
     factor = callback.learned.learning_rate.exp().item()
     assert callback.learning_rates[0] == pytest.approx(0.1 * 0.9**12 * factor, rel=1e-12)
+
+
+def test_an_overflow_of_the_scaled_loss_says_nothing_about_the_rate(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The product of a scaled loss is scaled as well, and may overflow before the gradient does.
+    def overflows(gradients: Any, parameters: Any, tangent: Any, *, keep_graph: bool) -> Any:
+        return {name: torch.full_like(parameter, float("inf")) for name, parameter in parameters.items()}
+
+    monkeypatch.setattr("lightning_l2l.core.estimators.live.hessian_vector_product", overflows)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    callback = learner(estimator="live")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        trainer(callback, plugins=[plugin]).fit(Plain(), **loaders())
+    assert callback.history and all("scaled loss" in record["diagnostics"]["note"] for record in callback.history)
+    assert all(record["learning_rates"] == [0.1] for record in callback.history)

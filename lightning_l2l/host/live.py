@@ -102,6 +102,7 @@ class LiveSteps:
         self._unroll: LiveUnroll | None = None
         self._carried: list[ScaledVector] | None = None
         self._names: list[str] = []
+        self._scaled = False
 
     @property
     def steps(self) -> int:
@@ -136,7 +137,9 @@ class LiveSteps:
             if list(parameters) != self._names:
                 self._unroll = None
                 return
-            self._unroll.see_loss(loss, parameters, loss_scale(self._trainer))
+            scale = loss_scale(self._trainer)
+            self._scaled = scale != 1.0
+            self._unroll.see_loss(loss, parameters, scale)
 
     def trial(self, loss: Tensor) -> str | None:
         """Differentiate the first loss of the fit twice, so that what fails fails before the first step.
@@ -218,7 +221,7 @@ class LiveSteps:
         """The window's meta-gradient.
 
         Raises:
-            WindowIncompleteError: There is none.
+            WindowIncompleteError: There is none, or it overflowed for the scaling of the loss.
             NegativeLossError: The objective takes the logarithm of a negative loss.
         """
         unroll, self._unroll = self._unroll, None
@@ -233,6 +236,11 @@ class LiveSteps:
         result = unroll.result(self._reason)
         if not result.usable:
             self._carried = None
+            if self._scaled and result.diagnostics.overflow:
+                raise WindowIncompleteError(
+                    "The scaled loss of half precision left the number range when it was differentiated twice: no "
+                    "meta-gradient, the rate was kept. The scale comes down by itself, or takes a smaller init_scale."
+                )
         return result
 
     def state_dict(self) -> dict[str, Any]:
