@@ -6,7 +6,7 @@
     same number of plain training steps. higher and JAX take part where they are installed; JAX is compared with its own
     training, after compiling.
 (b) A whole Lightning fit with the callback at default settings, after the initial search, over the same fit without.
-(memory) Peak of a fresh process above its start, 256-wide MLP.
+(memory) Peak of a fresh process above its start, 256-wide MLP; on Linux.
 (mirror) One step of the mirror, new parameters and new state, over one step of torch.optim in place (``foreach``), for
     500 tensors of 48 elements on average.
 
@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -151,12 +150,18 @@ def part_mirror(rounds: int) -> list[dict[str, Any]]:
 
 
 def peak(name: str, steps: int) -> float:
-    """Megabytes that one meta-gradient adds to this process."""
+    """Megabytes that one meta-gradient adds to this process, on Linux."""
     PEERS[name](Problem(8, 8), 3)  # loads code
     problem = Problem(256, 128)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _status("VmRSS")
     PEERS[name](problem, steps)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    """Kilobytes, from the kernel's account of this process."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
 
 
 def _range(values: list[float]) -> str:
