@@ -10,6 +10,9 @@ from torch import Tensor
 from lightning_l2l.core.objectives import Objective, is_logarithmic, objective_weights
 from lightning_l2l.core.result import Diagnostics, MetaGradient
 
+# Losses are put together in blocks: thousands of single numbers would take more memory than a small network.
+_BLOCK = 64
+
 
 class NegativeLossError(ValueError):
     """The objective takes the logarithm of a negative loss."""
@@ -31,14 +34,28 @@ class Tally:
         self.weights = objective_weights(objective, steps)
         self.logarithmic = is_logarithmic(objective)
         self.homogeneity = homogeneity or 0.0
-        self.inner_losses: list[Tensor] = []
+        self._blocks: list[Tensor] = []
+        self._inner_losses: list[Tensor] = []
         self.meta_losses: list[Tensor] = []
         self.value: Tensor | float = 0.0
 
     def diverged(self, loss: Tensor) -> bool:
         """Record the loss of an inner step; whether to stop here. On an accelerator that waits until the end."""
-        self.inner_losses.append(loss.detach().double())
+        self._inner_losses.append(loss.detach().double())
+        if len(self._inner_losses) == _BLOCK:
+            self._blocks, self._inner_losses = [*self._blocks, torch.stack(self._inner_losses)], []
         return loss.device.type == "cpu" and not bool(loss.isfinite())
+
+    @property
+    def inner_losses(self) -> Tensor:
+        """The losses recorded so far; 1-d float64."""
+        rest = [torch.stack(self._inner_losses)] if self._inner_losses else []
+        return torch.cat([*self._blocks, *rest])
+
+    def restore(self, inner_losses: Tensor, meta_losses: list[Tensor], value: Tensor) -> None:
+        """Go on from what another tally had collected."""
+        self._blocks, self._inner_losses = [inner_losses] if len(inner_losses) else [], []
+        self.meta_losses, self.value = meta_losses, value
 
     def add(self, step: int, loss: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Add the meta-loss after ``step`` steps to the value.
@@ -71,16 +88,17 @@ class Tally:
             NegativeLossError: The objective takes the logarithm of a negative loss.
         """
         # Each kind of number travels in one tensor: one host synchronisation, whatever the number of steps.
-        parts = [torch.as_tensor(self.value, dtype=torch.float64).reshape(1).to(self.inner_losses[0].device)]
+        losses = self.inner_losses
+        parts = [torch.as_tensor(self.value, dtype=torch.float64).reshape(1).to(losses.device)]
         parts.append(torch.as_tensor(growth_rate, dtype=torch.float64).reshape(1).to(parts[0].device))
         finite = [gradient.isfinite().all() for gradient in gradients.values()]
         parts.append(torch.stack(finite).all().double().reshape(1).to(parts[0].device) if finite else parts[0] * 0 + 1)
-        parts.append(torch.stack(self.inner_losses))
+        parts.append(losses)
         if self.meta_losses:
             parts.append(torch.stack(self.meta_losses))
         numbers = torch.cat(parts).cpu()
         value, growth, gradient_finite = numbers[0].item(), numbers[1].item(), bool(numbers[2])
-        inner, meta = numbers[3 : 3 + len(self.inner_losses)], numbers[3 + len(self.inner_losses) :]
+        inner, meta = numbers[3 : 3 + len(losses)], numbers[3 + len(losses) :]
 
         bad = (~inner.isfinite()).nonzero().flatten().tolist()
         truncated = bad[0] + 1 if bad else None

@@ -181,7 +181,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         left.plot([r["steps"] for r in mine], [r["ratio"][0] for r in mine], marker="o", label=name, **style)
     left.axhline(3.0, color="0.6", linewidth=0.8)
     left.set(xscale="log", xlabel="steps K", ylabel="time / K plain steps", title="One meta-gradient, MLP of width 128")
-    left.legend(fontsize=7)
+    left.set_ylim(2.0, 5.8)
+    left.legend(fontsize=7, loc="upper left", ncol=2)
     for style, name in zip(STYLES, dict.fromkeys(row["contestant"] for row in results["memory"]), strict=False):
         mine = [row for row in results["memory"] if row["contestant"] == name]
         middle.plot([r["steps"] for r in mine], [r["megabytes"] for r in mine], marker="o", label=name, **style)

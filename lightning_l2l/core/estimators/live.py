@@ -183,7 +183,7 @@ class LiveUnroll:
             "slopes": list(self._slopes),
             "training": list(self._training),
             "norms": list(self._norms),
-            "losses": list(self._tally.inner_losses),
+            "losses": self._tally.inner_losses,
             "meta_losses": list(self._tally.meta_losses),
             "value": torch.as_tensor(self._tally.value, dtype=torch.float64),
         }
@@ -202,8 +202,7 @@ class LiveUnroll:
             self._tangents = [ScaledVector(t["tensors"], t["exponent"]) for t in moved["tangents"]]
         self.taken, self._slopes, self._norms = moved["taken"], moved["slopes"], moved["norms"]
         self._training = moved["training"]
-        self._tally.inner_losses, self._tally.meta_losses = moved["losses"], moved["meta_losses"]
-        self._tally.value = moved["value"]
+        self._tally.restore(moved["losses"], moved["meta_losses"], moved["value"])
 
 
 def _sum(total: MaybeTensors, part: MaybeTensors, factor: float) -> dict[str, Tensor | None]:

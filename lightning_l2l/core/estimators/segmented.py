@@ -110,7 +110,7 @@ def segmented(
         adjoint.carry_back(records)
     arrived.restore()
     if complete:
-        _refuse_other_losses(tally.inner_losses, replayed)
+        _refuse_other_losses(list(tally.inner_losses.unbind()), replayed)
     growth = rate_per_step(adjoint.last_norm, adjoint.first_norm, len(batches) - 1)
     return tally.result("segmented", reason, dict(zip(meta, adjoint.gradients(), strict=True)), growth), iterate
 
