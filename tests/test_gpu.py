@@ -65,9 +65,6 @@ def learned_rates(callback: Any, count: int = 4) -> list[float]:
 def test_learns_on_a_gpu_about_what_it_learns_on_the_cpu(
     trainer: Any, make: Any, optimizer: str, estimator: Any
 ) -> None:
-    if estimator == "forward" and make is Recurrent:
-        pytest.skip("forward mode has no LSTM")
-
     def first_gradient(make_optimizer: Any, options: dict[str, Any]) -> float:
         torch.manual_seed(0)
         callback = observer(estimator=estimator)
