@@ -48,8 +48,8 @@ class LearnToLearn(pl.Callback):
             rate of each parameter group. It is a template: each fit learns on a copy, :attr:`learned`. Leave it out
             where the optimizer is itself a learned one (``as_torch_optimizer``): that one is trained on, in place.
         unroll_steps: Training steps K that a meta-gradient covers.
-        every_n_steps: Optimizer steps from one meta-update to the next. A run that is known to be shorter than two of
-            these makes its updates correspondingly more often, at least one.
+        every_n_steps: Optimizer steps from one meta-update to the next, at first. A run that is known to be shorter
+            than two of these makes its updates correspondingly more often, at least one.
         objective: The meta-objective: ``"log"`` (of the loss after K steps, divided by K), ``"naive"`` (that loss), or
             their means over the K steps, ``"log_mean"`` and ``"naive_mean"``. The logarithm needs a positive loss.
         meta_data: What the meta-objective is evaluated on: the Trainer's (first) validation loader (``"val"``),
@@ -71,6 +71,8 @@ class LearnToLearn(pl.Callback):
         seed: Seed of everything that the callback draws; it never touches the global random numbers.
         carry: With the live estimator, the part of a window's tangent that the next window starts with: a longer memory
             for one more Hessian-vector product per window.
+        interval_growth: Later, the least part of the steps so far that lies between two meta-updates (at multiples of
+            ``every_n_steps``), so that a long run costs little more than a plain one; 0 for all multiples.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -98,6 +100,7 @@ class LearnToLearn(pl.Callback):
         divergence_guard: bool = True,
         seed: int = 0,
         carry: float = 0.0,
+        interval_growth: float = 0.1,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -114,11 +117,12 @@ class LearnToLearn(pl.Callback):
             divergence_guard,
             seed,
             carry,
+            interval_growth,
         )
         self._given = learned
         self._template = learned if learned is not None else LearnedStepSize(per="group")
         self._fitting = False
-        self._logged: tuple[int, dict[str, float]] | None = None
+        self._logged: tuple[int, list[float]] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -214,10 +218,10 @@ class LearnToLearn(pl.Callback):
         session = self._running
         session.see_outputs(outputs)
         if session.has_unfinished_step:
-            rates = report.by_group("learning_rate", self.learning_rates, live_optimizer(trainer).param_groups)
             # Lightning keeps a logged value until the epoch ends; logging it again costs as much as a small layer.
-            if (trainer.current_epoch, rates) != self._logged:
-                self._logged = (trainer.current_epoch, rates)
+            if (trainer.current_epoch, self.learning_rates) != self._logged:
+                self._logged = (trainer.current_epoch, self.learning_rates)
+                rates = report.by_group("learning_rate", self.learning_rates, live_optimizer(trainer).param_groups)
                 report.log(trainer, pl_module, rates, prog_bar=True)
             report.log(trainer, pl_module, self._finish_step())
 

@@ -280,10 +280,10 @@ def difference(left: Any, right: Any, place: str = "") -> str:
 
 def observer(**options: Any) -> LearnToLearn:
     """A callback that computes everything and applies nothing."""
-    defaults: dict[str, Any] = {"meta_learning_rate": 0, "initial_search": False, "every_n_steps": 3, "unroll_steps": 2}
-    return LearnToLearn(**{**defaults, **options})
+    return learner(**{"meta_learning_rate": 0, **options})
 
 
 def learner(**options: Any) -> LearnToLearn:
-    """A callback that learns often, without a search."""
-    return LearnToLearn(**{"initial_search": False, "every_n_steps": 3, "unroll_steps": 2, **options})
+    """A callback that learns often and to the end, without a search."""
+    defaults: dict[str, Any] = {"initial_search": False, "every_n_steps": 3, "unroll_steps": 2}
+    return LearnToLearn(**{**defaults, "interval_growth": 0.0, **options})

@@ -177,7 +177,7 @@ def test_an_exception_in_the_user_s_step_during_a_look_ahead_leaves_the_run_as_i
 
 
 STAGES: list[tuple[Any, str, str, int]] = [
-    (source_module, "planned_steps", "on_train_start", 1),
+    (session_module, "planned_steps", "on_train_start", 1),
     (source_module, "LookAhead", "on_train_start", 1),
     (session_module.Session, "_install", "on_train_start", 1),
     (source_module.MetaGradientSource, "see_batch", "on_train_batch_start", 2),

@@ -156,6 +156,12 @@ class AppliedValues:
             self._optimizer.param_groups[:] = self._whole_groups
             self._whole_groups = None
 
+    def shown(self) -> list[Any]:
+        """The numbers behind :meth:`in_force`, unnamed: equal lists mean that nothing has changed."""
+        groups = self._optimizer.param_groups
+        keys = dict.fromkeys(["lr", *(key for written in self._written for key in written)])
+        return [len(groups), *(_get(group, key) for group in groups for key in keys if key in group)]
+
     def in_force(self) -> dict[str, Values]:
         """What the groups show now, by the group's name or number; between split and join by the tensor's name."""
         groups = self._optimizer.param_groups

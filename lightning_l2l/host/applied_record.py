@@ -28,6 +28,7 @@ class AppliedRecord:
     def __init__(self, saved: dict[str, Any] | None = None) -> None:
         self._steps = array("q")
         self._columns: dict[_Column, array[float]] = {}
+        self._shown: list[Any] | None = None
         if saved:
             self._steps = array("q", saved["steps"].tolist())
             for (group, key), column in zip(saved["columns"], saved["values"].T.tolist(), strict=True):
@@ -40,6 +41,11 @@ class AppliedRecord:
             step: Optimizer steps taken before it.
             applied: Where the groups are as the optimizer saw them.
         """
+        # What every step costs is this comparison.
+        shown = applied.shown()
+        if shown == self._shown:
+            return
+        self._shown = shown
         found = {
             (group, key): value for group, values in applied.in_force().items() for key, value in _flat(values).items()
         }

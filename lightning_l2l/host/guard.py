@@ -93,7 +93,7 @@ class DivergenceGuard:
         """The training step of a micro-batch returned this."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self._acts and isinstance(loss, Tensor):
-            self._losses.append(loss.detach().reshape(()).float())  # divided by the number of them, by Lightning
+            self._losses.append(loss.detach())  # divided by the number of them, by Lightning
 
     def check(self, judges: Callable[[], list[Window]], *, due: bool) -> str:
         """The optimizer has stepped: if the run is lost, take it back and cut the rate.
@@ -106,11 +106,12 @@ class DivergenceGuard:
             What was done, in words; nothing if nothing was.
         """
         if self._losses:
-            self._pending.append(torch.stack(self._losses).mean() * self._trainer.accumulate_grad_batches)
+            total = sum(self._losses[1:], self._losses[0])
+            self._pending.append(total * (self._trainer.accumulate_grad_batches / len(self._losses)))
         self._losses = []
         if self._snapshot is None or self.rollbacks >= _MOST_ROLLBACKS or not (due or self._looks_at_every_step):
             return ""
-        for loss in torch.stack(self._pending).tolist() if self._pending else ():
+        for loss in _numbers(self._pending):
             self._watch.see(loss)
         self._pending = []
         if due:  # the gradients of the last step are still there
@@ -216,3 +217,10 @@ class DivergenceGuard:
             "rollbacks": self.rollbacks,
             "since_snapshot": self._since_snapshot,
         }
+
+
+def _numbers(losses: list[Tensor]) -> list[float]:
+    """One number for each, with one synchronisation; of a single one without a copy, since that is every step's."""
+    if len(losses) <= 1:
+        return [loss.item() for loss in losses]
+    return [float(loss) for loss in torch.stack([loss.reshape(()).float() for loss in losses]).tolist()]

@@ -19,6 +19,7 @@ from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.applied_record import AppliedRecord
+from lightning_l2l.host.cadence import Cadence
 from lightning_l2l.host.guard import DivergenceGuard
 from lightning_l2l.host.guarded import HELD_OUT_DATA
 from lightning_l2l.host.in_place import LearnedInPlace
@@ -28,7 +29,7 @@ from lightning_l2l.host.ranks import processes_of
 from lightning_l2l.host.report import MetaUpdate
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.source import MetaGradientSource
-from lightning_l2l.host.trainer import live_optimizer, overrides
+from lightning_l2l.host.trainer import live_optimizer, overrides, planned_steps
 from lightning_l2l.optimizers import LearnedOptimizer, LearnedTorchOptimizer
 
 if TYPE_CHECKING:
@@ -82,7 +83,10 @@ class Session:
             if saved:
                 self._refuse_other_shapes(saved, len(optimizer.param_groups))
                 self._meta_optimizer.load_state_dict(copy.deepcopy(saved["meta_optimizer"]))
-            self.source = MetaGradientSource(trainer, module, learned, self.applied, settings, self._processes)
+            self._cadence = Cadence(settings.every_n_steps, settings.interval_growth, planned_steps(trainer))
+            self.source = MetaGradientSource(
+                trainer, module, learned, self.applied, settings, self._cadence, self._processes
+            )
             if saved:
                 self.source.load_state_dict(saved["source"])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -170,7 +174,7 @@ class Session:
             What was done; ``None`` if it was not time.
         """
         self._steps_seen = self._trainer.global_step
-        rescue = self.guard.check(self.source.judges, due=self.source.is_due)
+        rescue = self.guard.check(self.source.judges, due=self._cadence.looks(self._steps_seen))
         if rescue:
             self.source.abandon()
             self._meta_optimizer.state.clear()  # what it remembers was seen elsewhere

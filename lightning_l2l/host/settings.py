@@ -36,6 +36,7 @@ class Settings:
     divergence_guard: bool
     seed: int
     carry: float
+    interval_growth: float
 
     def __post_init__(self) -> None:
         """Check every argument, and make plain Python numbers of numpy's."""
@@ -68,6 +69,12 @@ class Settings:
             raise ValueError(
                 f"LearnToLearn(carry={self.carry}) must be in [0, 1]: the part of a window's tangent that the next one "
                 "starts with; 0 for windows that know nothing of each other."
+            )
+        growth = _number(self, "interval_growth")
+        if not (math.isfinite(growth) and growth >= 0):
+            raise ValueError(
+                f"LearnToLearn(interval_growth={growth}) must be finite and not negative; 0 for a meta-update every "
+                "every_n_steps steps to the end."
             )
         for name in ("initial_search", "divergence_guard"):
             if not isinstance(getattr(self, name), bool):

@@ -12,12 +12,12 @@ from lightning_l2l.core.plan import scalars
 from lightning_l2l.core.processes import Processes
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.host.applied import AppliedValues
+from lightning_l2l.host.cadence import Cadence
 from lightning_l2l.host.guarded import HELD_OUT_DATA, is_only_held_out, with_note
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.live import LiveSteps, live_obstacle, prefers_live
 from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.settings import Settings
-from lightning_l2l.host.trainer import planned_steps
 from lightning_l2l.host.training_step import Window, joined
 from lightning_l2l.host.windows import RememberedWindows
 from lightning_l2l.optimizers import LearnedOptimizer
@@ -35,6 +35,7 @@ class MetaGradientSource:
         learned: The learned optimizer, attached to the live one.
         applied: What it makes of the live optimizer's values.
         settings: What the user asked for.
+        cadence: When a meta-gradient is wanted.
         processes: The other processes of the run.
 
     Raises:
@@ -49,15 +50,13 @@ class MetaGradientSource:
         learned: LearnedOptimizer,
         applied: AppliedValues | LearnedInPlace,
         settings: Settings,
+        cadence: Cadence,
         processes: Processes | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._settings = settings
-        planned = planned_steps(trainer)
-        self._every = settings.every_n_steps
-        if planned < 2 * settings.every_n_steps:
-            self._every = max(1, int(planned) // 4)
+        self.cadence = cadence
         self._processes = processes
         self._windows = RememberedWindows(settings.unroll_steps + (settings.meta_data == "train"), trainer.world_size)
         self._drawn = 0
@@ -78,7 +77,7 @@ class MetaGradientSource:
         if obstacle or isinstance(applied, LearnedInPlace):
             return None
         reason = "asked for" if asked else f"{scalars(learned)} scalar meta-parameter(s): no step is thrown away"
-        steps = min(self._settings.unroll_steps, self._every)
+        steps = min(self._settings.unroll_steps, self.cadence.interval)
         return LiveSteps(self._trainer, self._module, self.look_ahead, self._settings, steps, reason, self._processes)
 
     def rehearse(self) -> None:
@@ -96,14 +95,16 @@ class MetaGradientSource:
 
     def see_batch(self, batch: Any, batch_index: int) -> None:
         """A training batch begins; keep it, if the next meta-gradient will need it."""
-        to_go = self._every - self._trainer.global_step % self._every
+        step = self._trainer.global_step
+        to_go = self.cadence.steps_to_go(step)
         first = batch_index % self._trainer.accumulate_grad_batches == 0
         if self._live is None:
             wanted = to_go <= self._windows.length
         else:
             self._live.before_batch(to_go, first=first)
             # What is trained on just before the window is what the window is judged by.
-            wanted = self._settings.meta_data == "train" and to_go % self._every == (self._live.steps + 1) % self._every
+            opens_next = self.cadence.steps_to_go(step + 1) == self._live.steps
+            wanted = self._settings.meta_data == "train" and opens_next
         self._wanted = wanted
         if wanted or not self._rehearsed:
             self._windows.see(batch, batch_index, first=first)
@@ -146,7 +147,7 @@ class MetaGradientSource:
     @property
     def is_due(self) -> bool:
         """Whether the optimizer steps that have been taken end with a meta-update."""
-        return self._trainer.global_step % self._every == 0
+        return self.cadence.is_due(self._trainer.global_step)
 
     def judges(self) -> list[Window]:
         """A few batches to compare two states by; none where a stream of training batches is all there is."""
@@ -193,7 +194,7 @@ class MetaGradientSource:
                 live.judge(self.look_ahead.held_out(self._drawn))
             else:
                 seen = self._windows.last()
-                if live.steps == self._every:  # windows without a gap: the last one seen is of this window
+                if self.cadence.steps_to_go(self._trainer.global_step) == live.steps:  # it was kept for the next window
                     seen = seen[:-1]
                 # The first window of a fit may have no step before it; a resumed process may have lost it.
                 missing = not seen
