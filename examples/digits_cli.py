@@ -1,6 +1,6 @@
 """The digits classifier under LightningCLI: LearnToLearn is configured in a YAML file or on the command line.
 
-The file is not needed, every option has its flag:
+Prints the rates that were learned and draws them to digits_cli.png. The file is not needed, every option has its flag:
 
     python examples/digits_cli.py fit --config examples/digits.yaml
     python examples/digits_cli.py fit --trainer.callbacks=lightning_l2l.LearnToLearn --trainer.max_epochs=5
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> LightningCLI:
         if isinstance(callback, LearnToLearn):
             rates = " -> ".join(f"{record['learning_rates'][0]:.3g}" for record in callback.history)
             print(f"learning rates: {rates}; held-out loss {cli.trainer.callback_metrics['val_loss']:.3f}")
+            callback.plot("digits_cli.png")
     return cli
 
 

@@ -3,7 +3,8 @@
     python examples/momentum_and_decay.py
 
 A fifth of the training labels is wrong, so that there is something for a weight decay to do. Momentum moves as
-1 - (1 - momentum) * exp(d) and stays below 1; weight decay as a positive factor, so it must not start at 0.
+1 - (1 - momentum) * exp(d) and stays below 1; weight decay as a positive factor, so it must not start at 0. Writes
+momentum_and_decay.png, the three numbers over the training.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from digits_task import QUIET, Classifier, Digits, prepare
 from torch.utils.data import TensorDataset
 
 from lightning_l2l import LearnedHyperparameters, LearnedOptimizer, LearnedStepSize, LearnToLearn
+from lightning_l2l.plotting import STYLES, new_figure
+
+NAMES = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
 
 
 class NoisyDigits(Digits):
@@ -37,35 +41,50 @@ class Decayed(Classifier):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=1e-3)
 
 
-def train(name: str, learned: LearnedOptimizer | None, epochs: int) -> dict[str, float]:
+class Values(L.Callback):
+    """What the optimizer's group holds in each step: LearnToLearn takes its values back when the fit ends."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        group = trainer.optimizers[0].param_groups[0]
+        self.seen.append({key: group[key] for key in NAMES})
+
+
+def train(name: str, learned: LearnedOptimizer | None, epochs: int) -> list[dict[str, float]]:
     L.seed_everything(0, verbose=False)
-    model, data = Decayed(learning_rate=0.03), NoisyDigits()
+    model, data, values = Decayed(learning_rate=0.03), NoisyDigits(), Values()
     learner = [LearnToLearn(learned, initial_search=False)] if learned is not None else []
-    seen: dict[str, float] = {}
-
-    class LastValues(L.Callback):
-        """What the optimizer's group holds in the last step: the callback takes its values back when the fit ends."""
-
-        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-            seen.update({key: trainer.optimizers[0].param_groups[0][key] for key in ("lr", "momentum", "weight_decay")})
-
-    trainer = L.Trainer(max_epochs=epochs, callbacks=[*learner, LastValues()], **QUIET)
+    trainer = L.Trainer(max_epochs=epochs, callbacks=[*learner, values], **QUIET)
     trainer.fit(model, data)
-    tested = trainer.test(model, data, verbose=False)[0]
-    print(f"{name:28} rate {seen['lr']:8.2g}   momentum {seen['momentum']:6.3f}   ", end="")
-    print(f"decay {seen['weight_decay']:8.2g}   test loss {tested['test_loss']:.3f}")
-    return seen
+    tested, last = trainer.test(model, data, verbose=False)[0], values.seen[-1]
+    print(f"{name:28} rate {last['lr']:8.2g}   momentum {last['momentum']:6.3f}   ", end="")
+    print(f"decay {last['weight_decay']:8.2g}   test loss {tested['test_loss']:.3f}")
+    return values.seen
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three epochs only")
-    epochs = 3 if parser.parse_args(arguments).quick else 40
+    parser.add_argument("--plot", default="momentum_and_decay.png", help="where to write the figure (%(default)s)")
+    options = parser.parse_args(arguments)
     prepare()
-    train("as they are", None, epochs)
-    train("rate learned", LearnedStepSize(), epochs)
-    names = ("learning_rate", "momentum", "weight_decay")
-    return train("rate, momentum and decay", LearnedHyperparameters(learn=names), epochs)
+    runs = {
+        "as they are": None,
+        "rate learned": LearnedStepSize(),
+        "rate, momentum and decay": LearnedHyperparameters(learn=("learning_rate", "momentum", "weight_decay")),
+    }
+    figure, axes = new_figure(1, 3, width=3.4)
+    for (name, learned), style in zip(runs.items(), STYLES[2::-1], strict=True):
+        seen = train(name, learned, 3 if options.quick else 40)
+        for axis, key in zip(axes[0], NAMES, strict=True):
+            axis.plot([values[key] for values in seen], label=name, **style)
+            axis.set(xlabel="training step", title=NAMES[key], yscale="linear" if key == "momentum" else "log")
+        last = seen[-1]
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(options.plot)
+    return last
 
 
 if __name__ == "__main__":

@@ -4,21 +4,23 @@
 
 A classifier is trained on the digits. Its head is then thrown away and the whole is fine-tuned on 150 of the images,
 turned by a quarter, with another assignment of labels to digits. `LearnedStepSize(per="group")`, the default, learns
-one rate for the body and one for the head; `per="optimizer"` learns one for both.
+one rate for the body and one for the head; `per="optimizer"` learns one for both. Writes per_group.png.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from digits import HeldOutLoss
 from digits_task import QUIET, Classifier, Digits, mlp, prepare
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_l2l import LearnedStepSize, LearnToLearn
+from lightning_l2l.plotting import STYLES, new_figure
 
 
 class TurnedDigits(Digits):
@@ -51,31 +53,45 @@ class FineTuned(Classifier):
         return torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9)
 
 
-def fine_tune(pretrained: nn.Sequential, per: Literal["optimizer", "group"] | None, epochs: int) -> list[float]:
+def fine_tune(pretrained: nn.Module, per: Literal["optimizer", "group"] | None, epochs: int, axes: Any) -> list[float]:
     L.seed_everything(0, verbose=False)
-    model, data = FineTuned(pretrained, learning_rate=1e-3), TurnedDigits()
+    model, data, held_out = FineTuned(pretrained, learning_rate=1e-3), TurnedDigits(), HeldOutLoss()
     learner = LearnToLearn(LearnedStepSize(per=per), every_n_steps=10) if per else None
-    trainer = L.Trainer(max_epochs=epochs, callbacks=[learner] if learner else [], **QUIET)
+    trainer = L.Trainer(max_epochs=epochs, callbacks=[held_out, learner] if learner else [held_out], **QUIET)
     trainer.fit(model, data)
     tested = trainer.test(model, data, verbose=False)[0]
-    rates = learner.learning_rates if learner else [group["lr"] for group in trainer.optimizers[0].param_groups]
-    label = {None: "rate as it is", "optimizer": "one learned rate", "group": "one for each group"}[per]
-    print(f"{label:20} body {rates[0]:8.2g}   head {rates[1]:8.2g}   ", end="")
+    constant = {"step": trainer.global_step, "learning_rates": [1e-3, 1e-3]}
+    history = learner.history if learner else [{**constant, "step": 0}, constant]
+    body, head = zip(*(record["learning_rates"] for record in history), strict=True)
+    label = {None: "as it is", "optimizer": "one for both", "group": "one for each"}[per]
+    print(f"{label:13} body {body[-1]:8.2g}   head {head[-1]:8.2g}   ", end="")
     print(f"test loss {tested['test_loss']:.3f}   accuracy {tested['test_accuracy']:.3f}")
-    return rates
+    style = dict(zip((None, "optimizer", "group"), STYLES[2::-1], strict=True))[per]
+    steps = [record["step"] for record in history]
+    axes[0].plot(steps, body, label="the body's" if per == "group" else label, **style)
+    if per == "group":
+        axes[0].plot(steps, head, label="the head's", **STYLES[3])
+    axes[1].plot(*zip(*held_out.curve, strict=True), label=label, **style)
+    return [body[-1], head[-1]]
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps only")
-    quick = parser.parse_args(arguments).quick
+    parser.add_argument("--plot", default="per_group.png", help="where to write the figure (%(default)s)")
+    options = parser.parse_args(arguments)
     prepare()
     L.seed_everything(0, verbose=False)
     model = Classifier(learning_rate=0.1)
-    L.Trainer(max_epochs=1 if quick else 15, **QUIET).fit(model, Digits())
-    fine_tune(model.network, None, 4 if quick else 60)
-    fine_tune(model.network, "optimizer", 4 if quick else 60)
-    return fine_tune(model.network, "group", 4 if quick else 60)
+    L.Trainer(max_epochs=1 if options.quick else 15, **QUIET).fit(model, Digits())
+    figure, axes = new_figure(1, 2)
+    for per in (None, "optimizer", "group"):
+        rates = fine_tune(model.network, per, 4 if options.quick else 60, axes[0])
+    for axis, name in zip(axes[0], ("learning rate", "held-out loss"), strict=True):
+        axis.set(xlabel="training step", ylabel=name, yscale="log")
+        axis.legend(frameon=False)
+    figure.savefig(options.plot)
+    return rates
 
 
 if __name__ == "__main__":

@@ -52,20 +52,28 @@ def test_digits_prints_the_table_and_writes_the_plot(capsys: pytest.CaptureFixtu
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
 
-def test_quadratic_meta_gradients_are_those_of_the_closed_form(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quadratic_meta_gradients_are_those_of_the_closed_form(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     rows = load("quadratic").main(["--quick"])
-    assert [step for step, *_ in rows] == list(range(5, 41, 5))
+    assert [step for step, *_ in rows] == list(range(2, 41, 2))
     for _, _, _, found, exact in rows:
         assert found == pytest.approx(exact, rel=1e-9)  # float64; ten steps of rounding
     assert all(rate > 1e-4 for _, rate, *_ in rows)  # from 1e-6: the initial search has found the region
     assert "in closed form" in capsys.readouterr().out
+    assert (tmp_path / "quadratic.png").stat().st_size > 10_000
 
 
-def test_plain_pytorch_learns_without_lightning(capsys: pytest.CaptureFixture[str]) -> None:
-    rates, without, with_learning = load("plain_pytorch").main(["--quick"])
-    assert len(rates) == 3 and rates[-1] > rates[0]  # 48 steps; from 0.01 the way is up
+def test_plain_pytorch_learns_without_lightning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    runs = load("plain_pytorch").main(["--quick"])
+    (constant, without), (learned, with_learning) = runs["constant"], runs["learned"]
+    assert {rate for _, rate, _ in constant} == {0.01}
+    assert [step for step, *_ in learned] == [0, 20, 40]
+    rates = [rate for _, rate, _ in learned]
+    assert rates == sorted(rates) and rates[-1] > rates[0]  # 48 steps; from 0.01 the way is up
     assert with_learning < without
     assert "test loss" in capsys.readouterr().out
+    assert (tmp_path / "plain_pytorch.png").stat().st_size > 10_000
 
 
 def test_fabric_learns_without_a_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -96,17 +104,19 @@ def test_a_meta_trained_optimizer_is_saved_loaded_and_used(capsys: pytest.Captur
     assert (tmp_path / "meta_train_optimizer.png").stat().st_size > 10_000
 
 
-def test_per_group_learns_a_rate_for_each_group(capsys: pytest.CaptureFixture[str]) -> None:
+def test_per_group_learns_a_rate_for_each_group(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     body, head = load("per_group").main(["--quick"])
     assert body != head
-    one = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("one learned rate"))
+    one = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("one for both"))
     assert len(set(re.findall(r"(?:body|head)\s+(\S+)", one))) == 1
+    assert (tmp_path / "per_group.png").stat().st_size > 10_000
 
 
-def test_momentum_and_decay_are_learned_and_stay_legal() -> None:
+def test_momentum_and_decay_are_learned_and_stay_legal(tmp_path: Path) -> None:
     last = load("momentum_and_decay").main(["--quick"])
     assert last["momentum"] != 0.9 and 0 <= last["momentum"] < 1
     assert last["weight_decay"] != 1e-3 and last["weight_decay"] > 0
+    assert (tmp_path / "momentum_and_decay.png").stat().st_size > 10_000
 
 
 def test_diagnostics_explain_a_refused_gradient(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -143,6 +153,14 @@ def test_command_line_configures_the_callback(arguments: list[str], expected: di
     (callback,) = (found for found in cli.trainer.callbacks if isinstance(found, LearnToLearn))
     assert {name: getattr(callback.settings, name) for name in expected} == expected
     assert callback.history
+    assert Path("digits_cli.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "digits_cli"])
+def test_example_runs_to_its_end_without_quick_too(name: str) -> None:
+    load(name).main([])
+    assert Path(f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
