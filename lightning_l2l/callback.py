@@ -62,9 +62,9 @@ class LearnToLearn(pl.Callback):
         meta_learning_rate: The most that the logarithm of a rate falls in one meta-update, roughly (a rise is a
             quarter as long; see :class:`~lightning_l2l.core.meta_optimizer.MetaOptimizer`); 0 only observes.
         initial_search: Start from a rate found by a range test, whatever the optimizer was given.
-        search_budget: The most that the range test may cost, as a fraction of the planned training steps (at least 8
-            and at most 160 steps). Where a candidate gets fewer than about ten steps, it sees little: raise this for
-            a short training.
+        search_budget: The most that the range test may cost, as a fraction of the planned training steps (at least 16
+            and at most 160 steps). About eight candidates share it; one that gets fewer than five steps sees little, so
+            raise this for a training of fewer than 800 steps.
         divergence_guard: When the training itself is lost (losses that are not finite, or far above the first), take
             weights, buffers and optimizer state back to the last good snapshot and cut the rate. Keeps one copy of
             these. Not with ``meta_learning_rate=0``.
@@ -143,6 +143,7 @@ class LearnToLearn(pl.Callback):
                 self._reset()
             # Else the same Trainer goes on with the same training (after Ctrl-C, or for more epochs), and so do we.
             self._loaded = self._state
+            refusals.refuse_several(trainer, LearnToLearn)
             refusals.refuse_strategy(trainer)
             refusals.refuse_mixed(trainer, self.settings)
 

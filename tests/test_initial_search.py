@@ -145,6 +145,13 @@ def test_five_percent_of_the_run_are_enough_to_see_the_whole_of_a_usual_valley(p
     assert result.learning_rate == pytest.approx(10.0**best * search_margin(steps))
 
 
+@pytest.mark.parametrize("planned", [1, 5, 10, 16, 100, 160, 319])
+def test_a_short_run_is_searched_with_two_steps_for_each_candidate_but_never_longer_than_it_is(planned: int) -> None:
+    budget = search_budget(planned)
+    assert search_steps(budget) == (2 if planned >= 16 else 1)
+    assert budget <= max(planned, 8)  # one step for each candidate is the least there can be
+
+
 def test_the_budget_is_what_a_search_needs_where_the_run_has_no_known_end() -> None:
     assert search_steps(search_budget(math.inf)) == USUAL_STEPS
 

@@ -141,6 +141,16 @@ def test_missing_file(tmp_path):
         LearnedOptimizer.load(tmp_path / "nowhere.safetensors")
 
 
+def test_a_missing_file_is_told_with_what_there_is_instead(saved):
+    with pytest.raises(FileNotFoundError, match=f"files in .* are: {saved.name}"):
+        LearnedOptimizer.load(saved.with_name("leanred.safetensors"))
+    saved.unlink()
+    with pytest.raises(FileNotFoundError, match=r"Nor is there any other .*learned\.save\(path\)"):
+        LearnedOptimizer.load(saved)
+    with pytest.raises(FileNotFoundError, match="folder .* does not exist either"):
+        LearnedOptimizer.load(saved.parent / "nowhere" / saved.name)
+
+
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
 def test_truncated_file(saved, length):
     saved.write_bytes(saved.read_bytes()[:length])

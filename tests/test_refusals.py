@@ -187,14 +187,10 @@ CANNOT_BE_LEARNED_FROM = [
     (lambda loss: loss.detach(), "does not depend on any parameter"),
     (lambda loss: loss * 0 - 1, "negative"),
 ]
-# The search needs no logarithm; the rehearsal after it does.
-ALSO_IN_THE_SEARCH = [case for case in CANNOT_BE_LEARNED_FROM if case[1] != "negative"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message", "search"),
-    [(*case, False) for case in CANNOT_BE_LEARNED_FROM] + [(*case, True) for case in ALSO_IN_THE_SEARCH],
-)
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize(("change", "message"), CANNOT_BE_LEARNED_FROM)
 def test_losses_that_cannot_be_learned_from_are_refused(trainer: Any, change: Any, message: str, search: bool) -> None:
     callback = learner(initial_search=search)
     refused(trainer, Loses(change), message, callback)
@@ -205,6 +201,31 @@ def test_negative_losses_work_with_the_naive_objective(trainer: Any) -> None:
     trainer(callback).fit(Loses(lambda loss: loss - 5), **loaders())
     assert callback.history and callback.history[-1]["meta_objective"] < 0
     assert "objective='naive'" in refused(trainer, Loses(lambda loss: loss - 5), "negative")
+
+
+def test_a_negative_loss_is_refused_before_a_candidate_is_tried(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tried(*_arguments: Any, **_options: Any) -> Any:
+        raise AssertionError("the search has begun")
+
+    monkeypatch.setattr("lightning_l2l.host.look_ahead.search_learning_rate", tried)
+    message = refused(trainer, Loses(lambda loss: loss - 5), "negative", learner(initial_search=True))
+    assert "objective='naive'" in message
+    with pytest.raises(AssertionError, match="the search has begun"):
+        trainer(learner(initial_search=True, objective="naive")).fit(Loses(lambda loss: loss - 5), **loaders())
+
+
+def test_two_callbacks_in_one_trainer_are_refused(trainer: Any) -> None:
+    class Mine(LearnToLearn):
+        """Lightning takes it for another kind of callback."""
+
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `LearnToLearn`"):
+        trainer(learner(), learner())
+    fitted = trainer(learner(), Mine(initial_search=False))
+    module = Plain()
+    before = module.net.weight.clone()
+    with pytest.raises(MisconfigurationException, match=r"2 LearnToLearn callbacks .*LearnToLearn, Mine.*Keep one"):
+        fitted.fit(module, **loaders())
+    assert torch.equal(module.net.weight, before)
 
 
 @pytest.mark.feature('no validation data with `meta_data="val"`', "refused")

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 MARGIN = 0.2
 # Steps of a candidate's run where the budget allows it; longer ones cost more and did not choose better.
 USUAL_STEPS = 20
+# What a candidate gets in a short training, whatever the budget's fraction says: a single step tells next to nothing.
+# With two, an Adam that was given 1e-3 for 160 steps on digits ended at a held-out loss of 0.19 instead of 0.48.
+_FEWEST_STEPS = 2
 # A search visits about this many candidates to the end of their run.
 _CANDIDATES = 8
 # A loss that falls by less than this fraction of the first may be a dead network's; it ends no search.
@@ -48,23 +51,25 @@ class SearchResult:
 
 
 def search_budget(planned_steps: float, fraction: float = 0.05) -> int:
-    """How many training steps the search may spend: a fraction of the run's, at least one for each candidate.
+    """How many training steps the search may spend: a fraction of the run's, in a short run two for each candidate.
 
     Args:
         planned_steps: Optimizer steps of the run; ``math.inf`` where that is not known.
         fraction: Of these.
 
     Returns:
-        A whole number; where the length of the run is not known, what a search at the usual length costs.
+        A whole number, from 8 to 160. Where the fraction is below 16 steps, it is 16, or all of the planned steps if
+        these are fewer still; where the length of the run is not known, what a search at the usual length costs.
 
     Example:
-        >>> search_budget(400), search_budget(2000), search_budget(math.inf), search_budget(10)
-        (20, 100, 160, 8)
+        >>> search_budget(400), search_budget(2000), search_budget(math.inf), search_budget(160), search_budget(10)
+        (20, 100, 160, 16, 10)
     """
     usual = _CANDIDATES * USUAL_STEPS
     if not math.isfinite(planned_steps):
         return usual
-    return max(_CANDIDATES, min(usual, int(fraction * planned_steps)))
+    fewest = max(_CANDIDATES, min(_CANDIDATES * _FEWEST_STEPS, int(planned_steps)))
+    return max(fewest, min(usual, int(fraction * planned_steps)))
 
 
 def search_steps(budget: int) -> int:

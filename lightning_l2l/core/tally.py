@@ -15,7 +15,17 @@ _BLOCK = 64
 
 
 class NegativeLossError(ValueError):
-    """The objective takes the logarithm of a negative loss."""
+    """The objective takes the logarithm of a negative loss.
+
+    Args:
+        loss: The loss.
+    """
+
+    def __init__(self, loss: float) -> None:
+        super().__init__(
+            f"The meta-loss is negative ({loss:.4g}), so its logarithm does not exist. Use objective='naive' (or "
+            "'naive_mean'), or make the loss positive."
+        )
 
 
 class Tally:
@@ -103,10 +113,7 @@ class Tally:
         bad = (~inner.isfinite()).nonzero().flatten().tolist()
         truncated = bad[0] + 1 if bad else None
         if self.logarithmic and truncated is None and bool((meta < 0).any()):
-            raise NegativeLossError(
-                f"The meta-loss is negative ({meta[meta < 0][0].item():.4g}), so its logarithm does not exist. Use "
-                "objective='naive' (or 'naive_mean'), or make the loss positive."
-            )
+            raise NegativeLossError(meta[meta < 0][0].item())
         underflow = self.logarithmic and truncated is None and bool((meta == 0).any())
         overflow = truncated is None and not underflow and not (gradient_finite and math.isfinite(value))
         if truncated is not None or underflow or overflow:

@@ -16,9 +16,11 @@ from lightning_l2l.core.estimators import Particles
 from lightning_l2l.core.initial_search import SearchResult, search_budget, search_learning_rate, search_steps
 from lightning_l2l.core.inner_step import InnerStep
 from lightning_l2l.core.meta_gradient import meta_gradient
+from lightning_l2l.core.objectives import is_logarithmic
 from lightning_l2l.core.plain_training import loss_after_training
 from lightning_l2l.core.processes import Processes, together
 from lightning_l2l.core.result import MetaGradient
+from lightning_l2l.core.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.data import IndexedBatches, StreamedBatches, first_loader, is_indexable, is_sharded
 from lightning_l2l.host.guarded import (
@@ -212,6 +214,9 @@ class LookAhead:
 
         Returns:
             The result, or a sentence on why there was none.
+
+        Raises:
+            NegativeLossError: The objective takes the logarithm of a loss that is negative before any training.
         """
         loader = self._trainer.train_dataloader
         if isinstance(loader, (Mapping, list, tuple)) or type(loader).__name__ == "CombinedLoader":
@@ -256,6 +261,8 @@ class LookAhead:
 
             present = applied.learned_rate()
             start_loss, _ = loss_after([], present)
+            if is_logarithmic(self._settings.objective) and start_loss < 0:
+                raise NegativeLossError(start_loss)  # as the rehearsal would, but before the search's time is spent
             return search_learning_rate(candidate_loss, steps=steps, budget=budget, start_loss=start_loss)
 
     def _find_held_out_loader(self) -> Any:

@@ -53,6 +53,24 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
         )
 
 
+def refuse_several(trainer: pl.Trainer, kind: type) -> None:
+    """Refuse a second callback of the same kind that Lightning let through, such as one of a subclass.
+
+    Args:
+        trainer: The Trainer.
+        kind: The class of the callback.
+
+    Raises:
+        MisconfigurationException: There are two.
+    """
+    found = [type(callback).__name__ for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, kind)]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"There are {len(found)} LearnToLearn callbacks in this Trainer ({', '.join(found)}), and each would move "
+            "the same learning rates. Keep one: it learns a rate for each parameter group."
+        )
+
+
 def refuse_mixed(trainer: pl.Trainer, settings: Settings) -> None:
     """Refuse the one estimator that does not work over processes.
 

@@ -146,7 +146,7 @@ def load(path: str | os.PathLike[str]) -> LearnedOptimizer:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise FileNotFoundError(f"There is no file {path}. {_instead(path)}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -157,6 +157,18 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"{path} is not a safetensors file, or not all of it: {error}. A learned optimizer is saved with "
             "learned.save(path); other formats (checkpoints, pickles) are not read, since they can run code."
         ) from error
+
+
+def _instead(path: Path) -> str:
+    """What there is where a file was looked for, and how one is made."""
+    folder = path.absolute().parent
+    making = "learned.save(path), or `python -m lightning_l2l meta-train`, writes one."
+    if not folder.is_dir():
+        return f"The folder {folder} does not exist either. {making}"
+    others = sorted(file.name for file in folder.glob("*.safetensors") if file.is_file())
+    if not others:
+        return f"Nor is there any other .safetensors file in {folder}. {making}"
+    return f"The .safetensors files in {folder} are: {', '.join(others[:10])}{', ...' if len(others) > 10 else ''}."
 
 
 def _check_version(path: Any, metadata: Mapping[str, str]) -> None:
