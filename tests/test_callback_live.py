@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Attention, Plain, Recurrent, Rich, learner, loader, loaders, observer, sgd
+from helpers import CLASSES, FEATURES, Attention, Plain, Recurrent, Rich, learner, loader, loaders, observer, sgd
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -20,7 +21,7 @@ from torch.optim import lr_scheduler
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn, meta_gradient
 from lightning_l2l.core.clip import clip_gradient_norm
 from lightning_l2l.core.inner import mirror, read_state
-from lightning_l2l.host.live import LiveSteps
+from lightning_l2l.host.live import LiveSteps, live_obstacle
 
 EVERY, STEPS = 3, 2
 
@@ -291,3 +292,35 @@ def test_an_overflow_of_the_scaled_loss_says_nothing_about_the_rate(
         trainer(callback, plugins=[plugin]).fit(Plain(), **loaders())
     assert callback.history and all("scaled loss" in record["diagnostics"]["note"] for record in callback.history)
     assert all(record["learning_rates"] == [0.1] for record in callback.history)
+
+
+@pytest.mark.parametrize(
+    ("module", "model", "cuda", "reason"),
+    [
+        (nn.Linear(2, 2), SimpleNamespace(static_graph=True), False, "static_graph=True counts the backward passes"),
+        (nn.Sequential(nn.GRU(2, 2)), None, True, "cuDNN's recurrent networks"),
+        (nn.Sequential(nn.GRU(2, 2)), None, False, ""),
+        (nn.Linear(2, 2), None, True, ""),
+    ],
+)
+def test_what_is_in_the_way_of_live_steps_is_named(
+    module: nn.Module, model: Any, cuda: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+    fitted: Any = SimpleNamespace(strategy=SimpleNamespace(model=model))
+    applied: Any = SimpleNamespace()
+    found = live_obstacle(fitted, module, LearnedStepSize(), applied)
+    assert reason in found and bool(found) == bool(reason)
+
+
+def test_tangents_that_are_too_large_stay_out_of_checkpoints(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def saved(largest: int) -> dict[str, Any]:
+        monkeypatch.setattr("lightning_l2l.host.live._LARGEST_SAVED", largest)
+        callback = learner(carry=0.5)
+        trainer(callback).fit(Plain(), **loaders())
+        live: dict[str, Any] = callback.state_dict()["source"]["live"]
+        return live
+
+    size = 4 * (FEATURES + 1) * CLASSES  # float32; one tangent is carried
+    assert "carried" in saved(size)
+    assert saved(size - 1) == {}

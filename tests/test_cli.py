@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,39 @@ def test_sanity_needs_no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_line, "find_spec", lambda name: None)
     monkeypatch.setattr(sanity, "_GROUPS", ())
     assert command_line.main(["sanity"]) == 0
+
+
+def test_sanity_names_every_figure_that_its_experiments_drew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def draws(*names: str) -> Any:
+        def run(folder: Path, **_options: Any) -> Any:
+            folder.mkdir(parents=True)
+            files = [folder / name for name in names]
+            for file in files:
+                file.touch()
+            return SimpleNamespace(files=files) if "quadratic.csv" in names else files
+
+        return run
+
+    monkeypatch.setattr(sanity, "_GROUPS", ())
+    monkeypatch.setattr("lightning_l2l.experiments.landscape.run", draws("landscape.png"))
+    monkeypatch.setattr("lightning_l2l.experiments.quadratic.run", draws("one.png", "quadratic.csv"))
+    monkeypatch.setattr("lightning_l2l.experiments.least_squares.run", draws("sweep.png", "sweep.csv"))
+    assert command_line.main(["sanity", "--plots", str(tmp_path)]) == 0
+    named = re.findall(r"^figure: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(named) == sorted(str(path) for path in tmp_path.rglob("*.png")) and len(named) == 4
+
+
+def test_sanity_refuses_figures_without_matplotlib_before_any_claim(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lightning_l2l.plotting.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="need matplotlib"):
+        sanity.run(plots=str(tmp_path))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
