@@ -69,7 +69,7 @@ class LearnedSchedule:
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """One dictionary for each change, ``step`` first: what a data frame is made of."""
+        """One dictionary for each change, ``step`` first, as a data frame is made of."""
         return [
             {"step": step, **dict(zip(self.columns, row, strict=True))}
             for step, row in zip(self.steps, self.values, strict=True)

@@ -45,6 +45,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"meta_data": 1}, TypeError, "'val', 'train' or one loader"),
     ({"meta_data": {"a": []}}, TypeError, "one loader"),
     ({"meta_data": CombinedLoader([[1]])}, TypeError, "one loader"),
+    ({"meta_data": [loader(), loader()]}, TypeError, "one loader that can be read more than once, not list"),
     ({"meta_data": None}, TypeError, "'val', 'train' or one loader"),
     ({"meta_data": (x for x in [])}, TypeError, "read more than once, not generator"),
     ({"meta_learning_rate": -0.1}, ValueError, "not negative"),

@@ -63,7 +63,7 @@ class MetaGradient:
 
     @property
     def usable(self) -> bool:
-        """Whether the gradient may be applied: finite, not truncated, neither over- nor underflown."""
+        """Whether the gradient may be applied, being finite, not truncated, neither over- nor underflown."""
         state = self.diagnostics
         return math.isfinite(self.value) and not (state.overflow or state.underflow or state.truncated_step is not None)
 

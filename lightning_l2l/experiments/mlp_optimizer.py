@@ -76,8 +76,7 @@ def run(
         all_data: Also with all training examples, five sixths and one sixth for train-by-validation.
         settings: "quick": second order, Adam, sampled windows of 20 steps, minutes. "published": the optimizer, first
             order, RMSProp, mean over w_0 ... w_(T-1) and random unroll lengths of the paper's code (give it updates of
-            the
-            order of 10000).
+            the order of 10000).
         optimizer: The network, for quick settings.
         normalise_output: Whether its steps have a constant root mean square.
         updates: Meta-updates.

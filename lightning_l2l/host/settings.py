@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch.utils.data import DataLoader
+
 from lightning_l2l.core.meta_gradient import Estimator, check_estimator
 from lightning_l2l.core.objectives import Objective, check_objective
 from lightning_l2l.optimizers import LearnedOptimizer
@@ -93,8 +95,10 @@ def check_learned(learned: object) -> None:
 
 
 def _is_loader(data: Any) -> bool:
-    # An iterator (a generator, say) is empty after one pass; a dictionary or a CombinedLoader is several loaders.
+    # An iterator (a generator, say) is empty after one pass; a dictionary or a CombinedLoader is several loaders, and so
+    # is a list of loaders, unlike one of batches.
     several = isinstance(data, Mapping) or type(data).__name__ == "CombinedLoader"
+    several = several or (isinstance(data, (list, tuple)) and any(isinstance(item, DataLoader) for item in data))
     return isinstance(data, Iterable) and not hasattr(data, "__next__") and not several
 
 

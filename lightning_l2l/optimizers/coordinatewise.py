@@ -67,12 +67,12 @@ class CoordinatewiseOptimizer(LearnedOptimizer):
 
     @property
     def accepts_missing_gradients(self) -> bool:
-        """Yes: such a parameter is not moved and its averages are kept. The step number goes on."""
+        """Yes, such a parameter is not moved and its averages are kept. The step number goes on."""
         return True
 
     @property
     def independent_tensors(self) -> bool:
-        """Yes: a tensor's step depends on the other tensors in no way."""
+        """Yes, since a tensor's step depends on the other tensors in no way."""
         return True
 
     def transformation(self) -> GradientTransformation:

@@ -168,7 +168,7 @@ class LearnedHyperparameters(LearnedOptimizer):
 
     @property
     def accepts_missing_gradients(self) -> bool:
-        """Yes: such a parameter keeps its state and its step is not counted, as in ``torch.optim``."""
+        """Yes, since such a parameter keeps its state and its step is not counted, as in ``torch.optim``."""
         return True
 
     @property

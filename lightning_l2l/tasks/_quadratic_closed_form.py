@@ -70,7 +70,7 @@ class ClosedForm:
 
     @property
     def stability_limit(self) -> Tensor:
-        """``2 / L``: gradient descent diverges for larger step sizes."""
+        """``2 / L``, above which gradient descent diverges."""
         return (2 / self._spectrum.eigenvalues[..., -1]).to(self.dtype)
 
     @property
