@@ -95,8 +95,8 @@ def check_learned(learned: object) -> None:
 
 
 def _is_loader(data: Any) -> bool:
-    # An iterator (a generator, say) is empty after one pass; a dictionary or a CombinedLoader is several loaders, and so
-    # is a list of loaders, unlike one of batches.
+    # An iterator (a generator, say) is empty after one pass. A dictionary or a CombinedLoader is several loaders; so
+    # is a list of them, unlike one of batches.
     several = isinstance(data, Mapping) or type(data).__name__ == "CombinedLoader"
     several = several or (isinstance(data, (list, tuple)) and any(isinstance(item, DataLoader) for item in data))
     return isinstance(data, Iterable) and not hasattr(data, "__next__") and not several
