@@ -71,8 +71,7 @@ class LearnToLearn(pl.Callback):
         seed: Seed of everything that the callback draws; it never touches the global random numbers.
         carry: With the live estimator, the part of a window's tangent that the next window starts with: a longer memory
             for one more Hessian-vector product per window.
-        interval_growth: Later, the least part of the steps so far that lies between two meta-updates (at multiples of
-            ``every_n_steps``), so that a long run costs little more than a plain one; 0 for all multiples.
+        interval_growth: Later, the part of the steps so far that lies between two meta-updates; 0 for equal intervals.
 
     Raises:
         TypeError: An argument of the wrong type.
