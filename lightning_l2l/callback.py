@@ -144,7 +144,6 @@ class LearnToLearn(pl.Callback):
             self._loaded = self._state
             refusals.refuse_several(trainer, LearnToLearn)
             refusals.refuse_strategy(trainer)
-            refusals.refuse_mixed(trainer, self.settings)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what can be refused once there is an optimizer."""

@@ -21,6 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_l2l import LearnToLearn, MetaTraining, MLPOptimizer
 from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.host import look_ahead
 from lightning_l2l.optimizers import LearnedStepSize
 from lightning_l2l.tasks import Quadratic
 
@@ -76,6 +77,23 @@ def fit(count: int, optimizer: str, options: Any, estimator: Any, **learning: An
     defaults = {"precision": "64-true", "use_distributed_sampler": False}
     trainer_for(count, callback, **defaults, **options).fit(module, parts(count), loader(8, seed=1))
     return result_of(callback, module)
+
+
+def fit_with_notes(count: int, estimator: str) -> dict[str, Any]:
+    """With what the estimator says about every meta-gradient."""
+    notes: list[str] = []
+    original = look_ahead.meta_gradient
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        notes.extend(result.diagnostics.notes)
+        return result
+
+    look_ahead.meta_gradient = noted
+    try:
+        return {**fit(count, "sgd", {}, estimator), "notes": notes}
+    finally:
+        look_ahead.meta_gradient = original
 
 
 def fit_per_tensor(count: int, steps: int, estimator: str) -> dict[str, Any]:

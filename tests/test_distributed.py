@@ -22,7 +22,6 @@ from launch import launch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_l2l import LearnToLearn
 from lightning_l2l.host.refusals import refuse_strategy
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no process can be forked from a server")
@@ -88,8 +87,11 @@ def test_long_unrolls_of_many_meta_parameters_choose_the_same_estimator(tmp_path
     agrees_with_joined(several, runs.fit_per_tensor(1, 16, estimator))
 
 
-def test_evolution_strategies_perturb_alike_on_all_processes(tmp_path: Path) -> None:
-    agrees_with_joined(launch(tmp_path, runs.fit, 2, "sgd", {}, "es"), runs.fit(1, "sgd", {}, "es"))
+@pytest.mark.parametrize("estimator", ["es", "mixed"])
+def test_particles_that_are_spread_over_processes_are_those_of_a_single_one(tmp_path: Path, estimator: str) -> None:
+    several = launch(tmp_path, runs.fit_with_notes, 2, estimator)
+    assert all("32 particles over 2 processes" in result.pop("notes") for result in several)
+    agrees_with_joined(several, runs.fit(1, "sgd", {}, estimator))
 
 
 @pytest.mark.parametrize("estimator", ["forward", "reverse", "live"])
@@ -102,7 +104,7 @@ def test_parameters_that_some_processes_do_not_use_move_as_in_the_run(tmp_path: 
     assert used == [True, False] * (len(used) // 2) and not any("never.weight" in n for n in several[0]["gradients"])
 
 
-@pytest.mark.parametrize("estimator", ["reverse", "live"])
+@pytest.mark.parametrize("estimator", ["reverse", "live", "es"])
 def test_a_step_that_gathers_from_other_processes_is_looked_ahead_too(tmp_path: Path, estimator: str) -> None:
     several = launch(tmp_path, runs.fit_gathering, 2, estimator)
     agrees_with_joined(several, runs.fit_gathering(1, estimator))
@@ -149,6 +151,7 @@ def test_what_counts_is_whether_the_mean_of_the_losses_is_negative(tmp_path: Pat
         ("raise", "unroll", "forward", "ValueError: a bad batch"),
         ("raise", "held out", "reverse", "ValueError: a bad batch"),
         ("raise", "unroll", "es", "ValueError: a bad batch"),
+        ("raise", "held out", "es", "ValueError: a bad batch"),
         ("raise", "held out", "live", "ValueError: a bad batch"),
         ("curvature", "unroll", "forward", "ValueError: no second derivative today"),
         ("curvature", "unroll", "reverse", "ValueError: no second derivative today"),
@@ -194,7 +197,12 @@ def test_the_initial_search_finds_the_same_rate_on_all_processes(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("estimator", "strategy"),
-    [("forward", "ddp"), ("reverse", "ddp_find_unused_parameters_true"), ("live", "ddp_find_unused_parameters_true")],
+    [
+        ("forward", "ddp"),
+        ("reverse", "ddp_find_unused_parameters_true"),
+        ("live", "ddp_find_unused_parameters_true"),
+        ("es", "ddp"),
+    ],
 )
 def test_a_distributed_run_without_learning_is_unchanged_bit_for_bit(
     tmp_path: Path, estimator: str, strategy: str
@@ -300,9 +308,3 @@ def test_data_parallel_strategies_are_accepted(namespace: Any) -> None:
 def test_what_replaces_the_mean_of_the_gradients_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(MisconfigurationException, match="communication hook"):
         refuse_strategy(SimpleNamespace(strategy=DDPStrategy(**option)))
-
-
-def test_the_mixed_estimator_is_refused_with_several_processes(tmp_path: Path) -> None:
-    for message in launch(tmp_path, runs.fit, 2, "sgd", {}, "mixed"):
-        assert message.startswith("MisconfigurationException: LearnToLearn(estimator='mixed')")
-    assert LearnToLearn(estimator="mixed").settings.estimator == "mixed"  # one process may

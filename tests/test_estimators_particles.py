@@ -14,6 +14,8 @@ from lightning_l2l import LearnedStepSize, meta_gradient
 from lightning_l2l.core.clip import clip_gradient_norm
 from lightning_l2l.core.estimators import Particles
 from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.core.tally import NegativeLossError
+from lightning_l2l.core.windows import WindowEstimator
 
 
 def step_size(rate=0.1, optimizer=torch.optim.SGD, **options):
@@ -276,9 +278,32 @@ def test_a_diverged_particle_is_nan_or_counts_as_the_limit():
     assert on_bowl("es", limited, steps=3).usable
 
 
-def test_log_of_a_negative_loss_is_refused():
-    with pytest.raises(ValueError, match="logarithm does not exist"):
-        meta_gradient(lambda p, b: -bowl(p, b), START, step_size(), [None], None, estimator="es")
+@pytest.mark.parametrize("batching", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("estimator", ["es", "mixed"])
+def test_log_of_a_negative_loss_is_refused_in_the_same_words_as_by_exact_estimators(estimator, batching):
+    def refusal(estimator):
+        with pytest.raises(NegativeLossError, match="logarithm does not exist") as caught:
+            # Every particle is at the same point when the only meta-loss is taken with a rate of nearly zero.
+            meta_gradient(
+                lambda p, b: -bowl(p, b), START, step_size(1e-9), [None], None, estimator=estimator,
+                particles=Particles(4, seed=0, batching=batching),
+            )  # fmt: skip
+        return str(caught.value)
+
+    assert refusal(estimator) == refusal("reverse")
+
+
+@pytest.mark.parametrize("estimator", ["pes", "es_single", "es", "mixed", "truncated"])
+def test_log_of_a_negative_loss_is_the_same_error_over_windows(estimator):
+    windows = WindowEstimator(estimator, Particles(4, seed=0))
+    learned = step_size()
+    with pytest.raises(NegativeLossError, match="logarithm does not exist"):
+        windows.meta_gradient(lambda p, b: -bowl(p, b), learned, windows.begin(learned, START), [None], None)
+    # No logarithm, no error.
+    result, _ = windows.meta_gradient(
+        lambda p, b: -bowl(p, b), learned, windows.begin(learned, START), [None], None, objective="naive"
+    )
+    assert result.usable and result.value < 0
 
 
 @pytest.mark.parametrize(

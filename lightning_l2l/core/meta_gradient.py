@@ -103,15 +103,16 @@ def meta_gradient(
         particles: For ``"es"`` and ``"mixed"``: how many, how far apart, how computed.
         processes: In a data-parallel training, where each process has the same ``params`` and its own batches: how they
             reach each other. Then the result is that of all batches together (the mean of the losses over processes),
-            on each process; ``"es"`` needs ``particles`` with a seed, the same on each.
+            on each process. The particles of ``"es"`` and ``"mixed"`` are spread over them where the loss allows it
+            (:mod:`~lightning_l2l.core.estimators.over_processes`).
 
     Returns:
         Value, gradients by meta-parameter name, diagnostics.
 
     Raises:
         TypeError: The loss is not one floating-point number.
-        ValueError: No batches, no meta-parameters, a loss that depends on no parameter, or the logarithm of a
-            negative loss.
+        ValueError: No batches, no meta-parameters, or a loss that depends on no parameter.
+        NegativeLossError: The objective takes the logarithm of a negative loss; a ``ValueError``.
         RuntimeError: The estimator that was asked for needs a second derivative that an operation does not have.
 
     Example:

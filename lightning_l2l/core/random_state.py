@@ -50,3 +50,22 @@ class RandomState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+
+    @staticmethod
+    def seed(seed: int, devices: Iterable[torch.device] = ()) -> None:
+        """Seed the same generators.
+
+        Args:
+            seed: The seed.
+            devices: Where the computation runs.
+        """
+        # Not torch.manual_seed: it seeds the generators of all devices.
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.seed(seed % 2**32)

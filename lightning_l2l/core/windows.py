@@ -21,11 +21,13 @@ from torchopt.base import GradientTransformation
 
 from lightning_l2l.core import estimators
 from lightning_l2l.core.estimators.es import meta_parameters
+from lightning_l2l.core.estimators.over_processes import shares
 from lightning_l2l.core.estimators.particle_unroll import spread
 from lightning_l2l.core.estimators.particles import Particles
 from lightning_l2l.core.inner_step import InnerStep, Iterate, Loss, Tensors
 from lightning_l2l.core.objectives import Objective, check_objective
 from lightning_l2l.core.plain_state import plain, restored
+from lightning_l2l.core.processes import Processes
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.optimizers.base import LearnedOptimizer
 
@@ -93,9 +95,13 @@ class WindowEstimator:
         particles: For those with particles.
         gradient_transformation: A stateless torchopt transformation of the inner gradients, e.g. a clipping.
         second_order: ``False`` leaves out the derivative of the inner gradients.
+        processes: In a data-parallel training, where each process has the same learned optimizer and parameters, and
+            its own batches: how they reach each other. Then the gradients are those of all batches together, on
+            each process, and ``pes`` and ``es_single`` carry a share of the particles on each. An
+            :class:`Episode` of theirs is that share; it goes on with the same number of processes only.
 
     Raises:
-        ValueError: An unknown estimator.
+        ValueError: An unknown estimator; particles divided by hand, in a data-parallel training.
 
     Example:
         Five steps of gradient descent on ``w**2 / 2`` from ``w = 1``, one step per window, judged by the loss after
@@ -125,6 +131,7 @@ class WindowEstimator:
     particles: Particles = field(default_factory=Particles)
     gradient_transformation: GradientTransformation | None = None
     second_order: bool = True
+    processes: Processes | None = None
 
     def __post_init__(self) -> None:
         """Refuses an unknown name."""
@@ -148,9 +155,10 @@ class WindowEstimator:
             buffers: Tensors that the loss reads, and may write in place, by name.
         """
         name, _ = choose_window_estimator(learned, self.estimator)
-        step = InnerStep(_no_loss, learned)
+        step = InnerStep(_no_loss, learned, processes=self.processes)
         iterate = step.start(params, state, buffers or {})
-        particles = self.particles.seeded()
+        step.share_buffers(iterate)
+        particles = shares(self.particles, self.processes)
         assert particles.seed is not None
         directions: Tensors = {}
         if name in ("pes", "es_single"):
@@ -190,18 +198,24 @@ class WindowEstimator:
         name, reason = choose_window_estimator(learned, self.estimator)
         self._refuse_foreign(name, episode)
         # No homogeneity: the iterate that is carried on has to be the true one.
-        step = InnerStep(loss, learned, self.gradient_transformation, self.second_order)
+        step = InnerStep(
+            loss, learned, self.gradient_transformation, self.second_order, processes=self.processes
+        )  # fmt: skip
         start, directions = episode.iterate, episode.directions
         common = (batches, meta_batch, objective, reason)
-        if name == "pes":
-            new = self.particles.directions(meta_parameters(step), episode.seed, episode.window)
-            result, iterate, directions = estimators.pes(step, start, directions, new, *common, self.particles)
-        elif name == "es_single":
-            result, iterate = estimators.es_single(step, start, directions, *common, self.particles)
+        if name in ("pes", "es_single"):
+            own = shares(replace(self.particles, seed=episode.seed), self.processes)
+            if name == "pes":
+                new = own.directions(meta_parameters(step), episode.seed, episode.window)
+                result, iterate, directions = estimators.pes(step, start, directions, new, *common, own)
+            else:
+                result, iterate = estimators.es_single(step, start, directions, *common, own)
         elif name in ("es", "mixed"):
             seed = random.Random(f"{episode.seed}/{episode.window}").getrandbits(62)
             sampled = {"es": estimators.es, "mixed": estimators.mixed}[name]
             result, iterate = sampled(step, start, *common, replace(self.particles, seed=seed))
+            if self.processes is not None:
+                self.processes.copy_first_(iterate.leaves())  # each has computed it, to the same last bit or not
         else:
             exact = {
                 "forward": estimators.forward,
@@ -219,7 +233,8 @@ class WindowEstimator:
                 f"The episode was begun with estimator={episode.estimator!r}, which carries other things than "
                 f"{name!r} needs. Begin a new episode to change the estimator."
             )
-        expected = self.particles.count // self.particles.ranks
+        own = shares(replace(self.particles, seed=episode.seed), self.processes)
+        expected = own.count // own.ranks
         for direction in episode.directions.values():
             if len(direction) != expected:
                 raise ValueError(

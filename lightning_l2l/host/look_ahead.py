@@ -137,7 +137,7 @@ class LookAhead:
         parameters, buffers = owned_tensors(self._module, self._optimizer)
         learned, state = self._applied.unrolled()
         step = self._trainer.global_step
-        # Perturbations are the same on each process, unlike everything else that is drawn.
+        # Of all processes together, unlike everything else that is drawn.
         particles = Particles(seed=self._settings.seed + step)
 
         def unroll() -> MetaGradient:

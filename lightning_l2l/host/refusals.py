@@ -71,19 +71,6 @@ def refuse_several(trainer: pl.Trainer, kind: type) -> None:
         )
 
 
-def refuse_mixed(trainer: pl.Trainer, settings: Settings) -> None:
-    """Refuse the one estimator that does not work over processes.
-
-    Raises:
-        MisconfigurationException: ``"mixed"`` and several processes.
-    """
-    if settings.estimator == "mixed" and trainer.world_size > 1:
-        raise MisconfigurationException(
-            "LearnToLearn(estimator='mixed') back-propagates through a whole look-ahead at once, and that does not "
-            "reach the batches of the other processes. Use 'auto', 'forward', 'reverse' or 'es' with several devices."
-        )
-
-
 def refuse_module(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse what can be seen once optimizers exist, in ``on_fit_start``.
 

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_l2l.core.estimators.over_processes import over_processes
 from lightning_l2l.core.estimators.particle_unroll import ParticleRun, particle, spread, unroll
 from lightning_l2l.core.estimators.particles import Particles
 from lightning_l2l.core.inner_step import InnerStep, Iterate
 from lightning_l2l.core.objectives import Objective
+from lightning_l2l.core.processes import together
 from lightning_l2l.core.result import Diagnostics, MetaGradient
+from lightning_l2l.core.tally import NegativeLossError
 
 
 def es(
@@ -46,20 +49,25 @@ def es(
 
     Returns:
         The estimate, with the value and the iterate of one more particle that is not perturbed.
+
+    Raises:
+        NegativeLossError: The objective takes the logarithm of a negative loss.
     """
-    particles = (particles or Particles()).seeded()
-    assert particles.seed is not None
-    meta = meta_parameters(step)
-    directions = particles.directions(meta, particles.seed, window=0)
-    moved = {name: torch.cat([tensor + directions[name], tensor.unsqueeze(0)]) for name, tensor in meta.items()}
-    count = len(next(iter(moved.values())))
-    run = unroll(
-        step, spread(start, count), moved, batches, meta_batch, objective,
-        batching=particles.batching, loss_limit=particles.loss_limit,
-    )  # fmt: skip
+    with over_processes(step, start, batches, meta_batch, particles or Particles()) as given:
+        particles = given.particles
+        assert particles.seed is not None
+        meta = meta_parameters(step)
+        directions = particles.directions(meta, particles.seed, window=0)
+        moved = {name: torch.cat([tensor + directions[name], tensor.unsqueeze(0)]) for name, tensor in meta.items()}
+        count = len(next(iter(moved.values())))
+        with together(given.processes):
+            run = unroll(
+                given.step, spread(given.start, count), moved, given.batches, given.meta_batch, objective,
+                batching=particles.batching, loss_limit=particles.loss_limit,
+            )  # fmt: skip
     gradients, errors = particles.gradient(run.values[:-1], directions)
-    losses = particles.over_ranks(run.losses[:, -1])
-    result = particle_result("es", reason, run, particles.over_ranks(run.values[-1]), losses, gradients, errors)
+    value, losses = particles.over_ranks(run.values[-1]), particles.over_ranks(run.losses[:, -1])
+    result = particle_result("es", reason, run, particles, value, losses, gradients, errors, given.notes)
     return result, particle(run.iterate, count - 1)
 
 
@@ -72,6 +80,7 @@ def particle_result(
     estimator: str,
     reason: str,
     run: ParticleRun,
+    particles: Particles,
     value: Tensor,
     losses: Tensor,
     gradients: Mapping[str, Tensor],
@@ -84,19 +93,28 @@ def particle_result(
         estimator: Its name.
         reason: Why it was chosen.
         run: The unroll of the particles.
+        particles: They.
         value: The meta-objective to report; 0-dim.
         losses: The inner losses to report; ``[steps]``.
         gradients: The estimate by meta-parameter.
         errors: Its standard error.
         notes: Remarks, beside how the particles were computed.
+
+    Raises:
+        NegativeLossError: The objective takes the logarithm of a negative loss.
     """
     value, losses = value.detach().cpu(), losses.detach().cpu()
+    # Of all processes, so that each comes to the same end: is any loss negative, and how much so, any value log(0)?
+    signs = torch.stack([run.lowest < 0, run.lowest.clamp(max=0), (run.values == -torch.inf).any()]).double()
+    negative, lowest, zero = particles.over_ranks(signs).tolist()
     finite = all(bool(gradient.isfinite().all()) for gradient in gradients.values())
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     # A loss limit makes an estimate of losses that are not finite: then nothing was cut off.
     truncated = bad[0] + 1 if bad and not finite else None
+    if negative and truncated is None:
+        raise NegativeLossError(lowest / negative)
     # log(0), which only a logarithmic objective can have given.
-    underflow = truncated is None and bool((run.values == -torch.inf).any())
+    underflow = truncated is None and zero > 0
     overflow = truncated is None and not underflow and not (finite and bool(value.isfinite()))
     if truncated is not None or underflow or overflow:
         gradients = {name: torch.full_like(gradient, torch.nan) for name, gradient in gradients.items()}

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.core.estimators.es import meta_parameters, particle_result
+from lightning_l2l.core.estimators.over_processes import over_processes
 from lightning_l2l.core.estimators.particle_unroll import particle, spread, unroll
 from lightning_l2l.core.estimators.particles import Particles
 from lightning_l2l.core.inner_step import InnerStep, Iterate
 from lightning_l2l.core.objectives import Objective
+from lightning_l2l.core.processes import together
 from lightning_l2l.core.result import MetaGradient
 
 
@@ -50,32 +52,37 @@ def mixed(
         The estimate, with the value and the iterate of one more particle that is not perturbed.
 
     Raises:
-        ValueError: A single pair of particles, whose scatter is not known; or a data-parallel training.
+        ValueError: A single pair of particles, whose scatter is not known; or a data-parallel training whose loss
+            does not allow to spread them.
+        NegativeLossError: The objective takes the logarithm of a negative loss.
     """
-    if step.processes is not None:
-        raise ValueError(
-            "estimator='mixed' back-propagates through a whole unroll at once, and that does not reach the batches of "
-            "the other processes. Use 'reverse' or 'es' in a data-parallel training."
-        )
-    particles = (particles or Particles()).seeded()
-    assert particles.seed is not None
+    particles = particles or Particles()
     if particles.count < 4:
         raise ValueError(
             f"estimator='mixed' weighs by the scatter over the pairs of particles, so it needs two pairs at least, "
             f"Particles(count=4); got count={particles.count}."
         )
-    meta = meta_parameters(step)
-    directions = particles.directions(meta, particles.seed, window=0)
-    moved = {
-        name: torch.cat([tensor + directions[name], tensor.unsqueeze(0)]).requires_grad_()
-        for name, tensor in meta.items()
-    }
-    count = len(next(iter(moved.values())))
-    run = unroll(
-        step, spread(start, count), moved, batches, meta_batch, objective,
-        batching=particles.batching, loss_limit=particles.loss_limit, differentiable=True,
-    )  # fmt: skip
-    slopes = torch.autograd.grad(run.values[:-1].sum(), list(moved.values()), allow_unused=True)
+    with over_processes(step, start, batches, meta_batch, particles) as given:
+        if given.obstacle:
+            raise ValueError(
+                "estimator='mixed' back-propagates through whole trainings of its particles, each process through its "
+                f"own, and here they cannot be spread over the processes: {given.obstacle}. Use 'reverse' or 'es'."
+            )
+        particles = given.particles
+        assert particles.seed is not None
+        meta = meta_parameters(step)
+        directions = particles.directions(meta, particles.seed, window=0)
+        moved = {
+            name: torch.cat([tensor + directions[name], tensor.unsqueeze(0)]).requires_grad_()
+            for name, tensor in meta.items()
+        }
+        count = len(next(iter(moved.values())))
+        with together(given.processes):
+            run = unroll(
+                given.step, spread(given.start, count), moved, given.batches, given.meta_batch, objective,
+                batching=particles.batching, loss_limit=particles.loss_limit, differentiable=True,
+            )  # fmt: skip
+            slopes = torch.autograd.grad(run.values[:-1].sum(), list(moved.values()), allow_unused=True)
     values = run.values.detach()
 
     found, errors = particles.gradient(values[:-1], directions)
@@ -89,7 +96,8 @@ def mixed(
         shares.append(share.flatten())
     note = f"mean weight of back-propagation {torch.cat(shares).mean().item():.3f}"
     value, losses = particles.over_ranks(values[-1]), particles.over_ranks(run.losses[:, -1])
-    result = particle_result("mixed", reason, run, value, losses, gradients, mixed_errors, [note])
+    notes = [note, *given.notes]
+    result = particle_result("mixed", reason, run, particles, value, losses, gradients, mixed_errors, notes)
     return result, particle(run.iterate, count - 1)
 
 

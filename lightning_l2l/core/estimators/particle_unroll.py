@@ -31,13 +31,16 @@ class ParticleRun:
     """What an unroll of many particles gave.
 
     Attributes:
-        values: The meta-objective of each particle; ``[particles]``, float64.
+        values: The meta-objective of each particle; ``[particles]``, float64. NaN where the objective takes the
+            logarithm of a negative loss.
+        lowest: The smallest meta-loss that a logarithm was taken of; 0-dim float64, infinite if of none.
         iterate: Where the particles arrived, with the particle as the first dimension of every tensor.
         losses: The inner loss of each step and particle; ``[steps, particles]``, float64.
         how: How the particles were computed.
     """
 
     values: Tensor
+    lowest: Tensor
     iterate: Iterate
     losses: Tensor
     how: str
@@ -93,9 +96,6 @@ def unroll(
         batching: How to compute the particles, see :class:`~lightning_l2l.core.estimators.particles.Particles`.
         loss_limit: Meta-losses count as at most this.
         differentiable: Whether ``values`` keeps its graph, back to ``meta``.
-
-    Raises:
-        ValueError: The objective takes the logarithm of a negative loss.
     """
     with warnings.catch_warnings():
         # Operations that vmap takes one particle after the other, inside: slow, but right.
@@ -129,6 +129,7 @@ def _unroll(
     weights = objective_weights(objective, len(batches))
     logarithmic = is_logarithmic(objective)
     values: Tensor | None = None
+    lowest = iterate.leaves()[0].new_full((), torch.inf, dtype=torch.float64)
     losses = []
     for taken in range(len(batches) + 1):
         if not differentiable or taken == 0:
@@ -137,7 +138,12 @@ def _unroll(
         judge = [meta_batch] if taken in weights else []
         judged, found, buffers = mapped.evaluate(iterate, judge, batch, differentiable)
         for value in judged:
-            values = _added(values, value.double(), weights[taken], logarithmic, loss_limit)
+            limited = _limited(value.double(), loss_limit)
+            if logarithmic:
+                # Whether that is an error is seen at the end: one transfer from the device, not one for each step.
+                lowest = torch.minimum(lowest, limited.detach().nan_to_num(torch.inf, torch.inf, -torch.inf).min())
+                limited = limited.log()
+            values = weights[taken] * limited + (0 if values is None else values)
         for loss in found:
             losses.append(loss.detach().double())
             create_graph = differentiable and mapped.step.second_order
@@ -145,20 +151,12 @@ def _unroll(
             with nullcontext() if differentiable else torch.no_grad():
                 iterate = replace(mapped.update(iterate, gradients, meta), buffers=buffers)
     assert values is not None
-    return ParticleRun(values, iterate.with_leaves([x.detach() for x in iterate.leaves()]), torch.stack(losses), how)
+    arrived = iterate.with_leaves([leaf.detach() for leaf in iterate.leaves()])
+    return ParticleRun(values, lowest, arrived, torch.stack(losses), how)
 
 
-def _added(values: Tensor | None, judged: Tensor, weight: float, logarithmic: bool, loss_limit: float | None) -> Tensor:
-    if loss_limit is not None:
-        judged = torch.where(judged.isfinite(), judged, loss_limit).clamp(max=loss_limit)
-    if logarithmic:
-        if bool((judged < 0).any()):
-            raise ValueError(
-                f"The meta-loss is negative ({judged.min().item():.4g}), so its logarithm does not exist. Use "
-                "objective='naive' (or 'naive_mean'), or make the loss positive."
-            )
-        judged = judged.log()
-    return weight * judged if values is None else values + weight * judged
+def _limited(losses: Tensor, limit: float | None) -> Tensor:
+    return losses if limit is None else torch.where(losses.isfinite(), losses, limit).clamp(max=limit)
 
 
 class _Mapped:

@@ -97,7 +97,7 @@ class Particles:
 
         Returns:
             For each meta-parameter a tensor with the particle as its first dimension; the second half is the
-            negative of the first.
+            negative of the first. All processes together have the perturbations that a single one would have.
 
         Example:
             >>> found = Particles(count=4).directions({"theta": torch.zeros(3)}, seed=0, window=0)["theta"]
@@ -105,12 +105,13 @@ class Particles:
             (torch.Size([4, 3]), True)
         """
         # Strings are hashed by Python's random, so neighbouring seeds and windows have nothing in common.
-        mixed = random.Random(f"{seed}/{window}/{self.rank}").getrandbits(62)
+        mixed = random.Random(f"{seed}/{window}/0").getrandbits(62)
         generator = torch.Generator().manual_seed(mixed)
-        pairs = self.count // (2 * self.ranks)
         found = {}
         for name, tensor in meta.items():
-            half = torch.randn((pairs, *tensor.shape), dtype=torch.float64, generator=generator)
+            # Drawn for all processes, which is cheap against a single inner step.
+            half = torch.randn((self.count // 2, *tensor.shape), dtype=torch.float64, generator=generator)
+            half = half.chunk(self.ranks)[self.rank]
             half = (half * self.standard_deviation).to(tensor.device, tensor.dtype)
             found[name] = torch.cat([half, -half])
         return found

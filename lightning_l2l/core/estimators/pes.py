@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_l2l.core.estimators.es import meta_parameters, particle_result
-from lightning_l2l.core.estimators.particle_unroll import unroll
+from lightning_l2l.core.estimators.over_processes import over_processes
+from lightning_l2l.core.estimators.particle_unroll import particle, unroll
 from lightning_l2l.core.estimators.particles import Particles
 from lightning_l2l.core.inner_step import InnerStep, Iterate, Tensors
 from lightning_l2l.core.objectives import Objective
+from lightning_l2l.core.processes import together
 from lightning_l2l.core.result import MetaGradient
 
 
@@ -83,13 +85,25 @@ def credited_window(
 
     Returns:
         The estimate, and where the particles arrived.
+
+    Raises:
+        ValueError: A data-parallel training whose loss does not allow to spread them.
+        NegativeLossError: The objective takes the logarithm of a negative loss.
     """
     moved = {name: tensor + directions[name] for name, tensor in meta_parameters(step).items()}
-    run = unroll(
-        step, start, moved, batches, meta_batch, objective,
-        batching=particles.batching, loss_limit=particles.loss_limit,
-    )  # fmt: skip
+    with over_processes(step, particle(start, 0), batches, meta_batch, particles, carried=True) as given:
+        if given.obstacle:
+            raise ValueError(
+                f"estimator={estimator!r} carries particles from window to window, each process its own, and here they "
+                f"cannot be spread over the processes: {given.obstacle}. Use 'truncated' or 'es'."
+            )
+        with together(given.processes):
+            run = unroll(
+                given.step, start, moved, given.batches, given.meta_batch, objective,
+                batching=particles.batching, loss_limit=particles.loss_limit,
+            )  # fmt: skip
     gradients, errors = particles.gradient(run.values, credited)
     value = particles.over_ranks(run.values.mean())
     losses = particles.over_ranks(run.losses.mean(1))
-    return particle_result(estimator, reason, run, value, losses, gradients, errors), run.iterate
+    result = particle_result(estimator, reason, run, particles, value, losses, gradients, errors, given.notes)
+    return result, run.iterate
