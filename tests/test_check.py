@@ -173,3 +173,21 @@ def test_a_check_changes_nothing(batch):
     assert torch.equal(torch.rand(1), expected)
     torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "at least 1"),
+        ({"params": {}}, "no parameter that requires a gradient"),
+        ({"params": {"w": torch.tensor([torch.nan])}}, "The loss is nan at the start"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused_in_words(options, message):
+    with pytest.raises(ValueError, match=message):
+        check(lambda params, _: params["w"].square().sum(), None, **{"params": WEIGHTS, **options})
+
+
+def test_a_frozen_module_has_nothing_to_check(batch):
+    with pytest.raises(ValueError, match="Unfreeze"):
+        check(nn.Linear(4, 1).requires_grad_(False), batch, regression)

@@ -45,7 +45,7 @@ def toy_regression(estimator, iterations):
     problem, losses = ToyRegression(), []
     run = MetaTrainingRun(
         estimator, Particles(400, 0.3, 0), unroll_steps=10, windows=10, iterations=iterations, factor=10.0,
-        annealing=1 / 3,
+        annealing=0.1,
     )  # fmt: skip
     optimizer = torch.optim.Adam(problem.parameters(), lr=2e-2, betas=(0.99, 0.999))
     run.train(problem, optimizer, "naive_mean", each=lambda iteration: losses.append(problem.total_loss()))

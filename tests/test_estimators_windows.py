@@ -226,6 +226,22 @@ def test_auto_says_which_and_why(problem):
     assert "1 scalar meta-parameter" in result.diagnostics.reason
 
 
+def test_an_episode_without_anything_to_train_or_to_learn_is_refused(problem):
+    windows = WindowEstimator("pes", Particles(4, seed=0))
+    with pytest.raises(ValueError, match="params is empty"):
+        windows.begin(problem, {})
+    with pytest.raises(ValueError, match="nothing to learn"):
+        windows.begin(InfluenceBalancing(size=5, positive=2).requires_grad_(False), problem.start())
+
+
+@pytest.mark.parametrize("name", ["pes", "es_single"])
+def test_an_episode_of_other_meta_parameters_is_refused(problem, name):
+    windows = WindowEstimator(name, Particles(4, seed=0))
+    episode = windows.begin(problem, problem.start())
+    with pytest.raises(ValueError, match=r"carries perturbations of \['theta'\], but .* \['learning_rate'\]"):
+        windows.meta_gradient(problem.loss, TorchoptAdam(), episode, [None], None)
+
+
 def test_an_episode_of_another_estimator_or_size_is_refused(problem):
     episode = WindowEstimator("pes", Particles(4, seed=0)).begin(problem, problem.start())
     with pytest.raises(ValueError, match="begun with estimator='pes'"):

@@ -115,3 +115,7 @@ def test_the_choice_without_a_measurement_counts_only():
     assert choose(100, 1000, StepMemory(1, 1, 1, 1), None)[0] == "reverse"
     with pytest.raises(ValueError, match="batches is empty"):
         plan(lambda p, b: p["w"].sum(), {"w": torch.ones(1)}, LearnedStepSize().attach(SGD), [])
+    with pytest.raises(ValueError, match="params is empty"):
+        plan(lambda p, b: b, {}, LearnedStepSize().attach(SGD), [None])
+    with pytest.raises(ValueError, match="nothing to learn"):
+        plan(lambda p, b: p["w"].sum(), {"w": torch.ones(1)}, LearnedStepSize().attach(SGD).requires_grad_(False), [0])

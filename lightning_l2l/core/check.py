@@ -125,6 +125,7 @@ def check(
 
     Raises:
         TypeError: A loss without ``params``, or a module of which it is not known how it computes its loss.
+        ValueError: No steps, no parameter that requires a gradient, or a loss that is not finite.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
@@ -142,6 +143,13 @@ def check(
         )
     else:
         loss = subject
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}: a meta-gradient needs a training step to look at.")
+    if not params:
+        raise ValueError(
+            "There is no parameter that requires a gradient, so nothing is trained and nothing can be checked. "
+            "Unfreeze what your optimizer moves (requires_grad_())."
+        )
     batch, meta_batch, params, buffers = (
         _converted(tree, dtype) for tree in (batch, batch if meta_batch is None else meta_batch, params, buffers or {})
     )
@@ -149,6 +157,11 @@ def check(
         learned = LearnedStepSize("optimizer").attach(inner_optimizer(torch.optim.SGD, lr=learning_rate))
     differences = Differences(loss, params, buffers, [batch] * steps, meta_batch, learned, seed)
     value, gradients = differences.loss_and_gradients()
+    if not bool(value.isfinite()):
+        raise ValueError(
+            f"The loss is {value.item()} at the start already, so there is no derivative to check. Look at the batch "
+            "and at the parameters first."
+        )
     missing = not_twice_differentiable(gradients.values())
     wrong = known_wrong(value) + (wrong_modules(subject) if isinstance(subject, nn.Module) else [])
     random_error = differences.random_error()

@@ -120,7 +120,7 @@ def plan(
         The plan; ``print`` it.
 
     Raises:
-        ValueError: No batches.
+        ValueError: No batches, no parameters, or no meta-parameters.
 
     Example:
         >>> import torch
@@ -133,6 +133,10 @@ def plan(
     """
     if not batches:
         raise ValueError("batches is empty: a plan needs at least one training step to look at.")
+    if not params:
+        raise ValueError("params is empty: there is nothing for the inner optimizer to move.")
+    if not scalars(learned):
+        raise ValueError(f"{type(learned).__name__} has no parameter that requires a gradient: nothing to learn.")
     step = InnerStep(loss, learned, gradient_transformation)
     start = step.start(params, state, buffers or {})
     memory = measure_step(step, start, batches[0])

@@ -153,8 +153,15 @@ class WindowEstimator:
             params: What the inner optimizer moves, by name.
             state: The inner optimizer's state to start from; ``None`` for a fresh one.
             buffers: Tensors that the loss reads, and may write in place, by name.
+
+        Raises:
+            ValueError: No parameters, or no meta-parameters.
         """
         name, _ = choose_window_estimator(learned, self.estimator)
+        if not params:
+            raise ValueError("params is empty: there is nothing for the inner optimizer to move.")
+        if not any(tensor.requires_grad for tensor in learned.parameters()):
+            raise ValueError(f"{type(learned).__name__} has no parameter that requires a gradient: nothing to learn.")
         step = InnerStep(_no_loss, learned, processes=self.processes)
         iterate = step.start(params, state, buffers or {})
         step.share_buffers(iterate)
@@ -196,7 +203,7 @@ class WindowEstimator:
         if not batches:
             raise ValueError("batches is empty: a window needs at least one training step.")
         name, reason = choose_window_estimator(learned, self.estimator)
-        self._refuse_foreign(name, episode)
+        self._refuse_foreign(name, episode, learned)
         # No homogeneity: the iterate that is carried on has to be the true one.
         step = InnerStep(
             loss, learned, self.gradient_transformation, self.second_order, processes=self.processes
@@ -227,11 +234,17 @@ class WindowEstimator:
         following = replace(episode, iterate=iterate.fresh(), directions=directions, window=episode.window + 1)
         return result, following
 
-    def _refuse_foreign(self, name: str, episode: Episode) -> None:
+    def _refuse_foreign(self, name: str, episode: Episode, learned: LearnedOptimizer) -> None:
         if episode.estimator != name:
             raise ValueError(
                 f"The episode was begun with estimator={episode.estimator!r}, which carries other things than "
                 f"{name!r} needs. Begin a new episode to change the estimator."
+            )
+        asked = [key for key, tensor in learned.named_parameters() if tensor.requires_grad]
+        if episode.directions and sorted(asked) != sorted(episode.directions):
+            raise ValueError(
+                f"The episode carries perturbations of {sorted(episode.directions)}, but the learned optimizer now has "
+                f"{sorted(asked)} to learn. Begin a new episode when what is learned changes."
             )
         own = shares(replace(self.particles, seed=episode.seed), self.processes)
         expected = own.count // own.ranks

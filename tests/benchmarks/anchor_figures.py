@@ -35,6 +35,10 @@ def draw(runs: list[dict], folder: Path) -> None:
             # Above the others and dashed: truncated and es lie on each other.
             style = {"linestyle": "--", "zorder": 3} if estimator == "truncated" else {}
             axes.plot(steps, losses, color=COLOURS[estimator], alpha=0.8, linewidth=1.3, label=label, **style)
+            if name == "a7":  # the curve is judged on three trainings, the end on forty
+                axes.plot(
+                    steps[-1] + 20, run["loss"], marker="o", color=COLOURS[estimator], markersize=5, clip_on=False
+                )
         if name in OPTIMA:
             axes.axhline(OPTIMA[name], color="black", linestyle=":", label="best of a grid")
         axes.set(xlabel="meta-updates", ylabel=quantity, title=title, yscale=scale)

@@ -44,7 +44,7 @@ def toy_regression(estimator: str, seed: int) -> tuple[list[tuple[int, float]], 
     problem = ToyRegression()
     curve: list[tuple[int, float]] = [(0, problem.total_loss())]
     run = MetaTrainingRun(
-        estimator, Particles(400, 0.3, seed), unroll_steps=10, windows=10, iterations=2000, factor=10.0, annealing=1 / 3
+        estimator, Particles(400, 0.3, seed), unroll_steps=10, windows=10, iterations=2000, factor=10.0, annealing=0.1
     )
 
     def note(iteration: int) -> None:
@@ -58,7 +58,7 @@ def toy_regression(estimator: str, seed: int) -> tuple[list[tuple[int, float]], 
 
 
 def digits(estimator: str, seed: int) -> tuple[list[tuple[int, float]], dict]:
-    """A7: windows of 10 of 500 steps, 1500 updates by Adam at 3e-2; judged on three other trainings."""
+    """A7: windows of 10 of 500 steps, 1500 updates by Adam at 3e-2; judged by :func:`judge_digits`."""
     problem = DigitsSchedule()
     curve: list[tuple[int, float]] = []
     cache: dict[int, list] = {}
@@ -71,27 +71,53 @@ def digits(estimator: str, seed: int) -> tuple[list[tuple[int, float]], dict]:
 
     def note(iteration: int) -> None:
         if (iteration + 1) % 250 == 0:
-            curve.append((iteration + 1, digits_loss(problem, problem.theta.detach()[None])[0].item()))
+            # Only to be looked at: three trainings leave 4 to 5 % of noise.
+            curve.append((iteration + 1, digits_losses(problem.theta.detach()[None], range(-3, 0)).mean().item()))
 
     run = MetaTrainingRun(
         estimator, Particles(50, 0.1, seed, loss_limit=20.0), unroll_steps=10, windows=50, iterations=1500,
         annealing=1 / 3,
     )  # fmt: skip
     run.train(problem, torch.optim.Adam(problem.parameters(), lr=3e-2), "naive_mean", batches, note)
-    return curve, {"theta": problem.theta.tolist(), "loss": curve[-1][1] if curve else float("nan")}
+    return curve, {"theta": problem.theta.tolist()}
 
 
-def digits_loss(problem: DigitsSchedule, thetas: torch.Tensor, seeds: tuple[int, ...] = (-1, -2, -3)) -> torch.Tensor:
-    """Mean training loss over a whole run for several thetas at once, averaged over runs not used for training."""
-    total = torch.zeros(len(thetas), dtype=torch.float64)
+def digits_losses(thetas: torch.Tensor, seeds: range) -> torch.Tensor:
+    """Mean training loss over a whole training for several thetas at once; ``[trainings, thetas]``."""
+    problem = DigitsSchedule()
     step = InnerStep(problem.loss, problem)
+    losses = []
     for seed in seeds:
         given = digits_batches(seed + 2**40, problem.steps)
         start = spread(step.start(problem.start(seed + 2**40), None, {}), len(thetas))
         run = unroll(step, start, {"theta": thetas}, given, given[0], "naive", loss_limit=20.0)
-        losses = torch.where(run.losses.isfinite(), run.losses, 20.0).clamp(max=20.0)
-        total += losses.mean(0) / len(seeds)
-    return total
+        losses.append(torch.where(run.losses.isfinite(), run.losses, 20.0).clamp(max=20.0).mean(0))
+    return torch.stack(losses)
+
+
+def digits_grid() -> torch.Tensor:
+    """147 points."""
+    first, second = torch.meshgrid(torch.linspace(-7, 0, 21), torch.linspace(-2, 4, 7), indexing="ij")
+    return torch.stack([first.flatten(), second.flatten()], 1).double()
+
+
+def judge_digits(runs: list[dict]) -> None:
+    """Put losses to the ends of the runs of A7, and add the best point of the grid.
+
+    One training's loss scatters by 7 to 9 % near the optimum. So all points are judged on the same 40 trainings, which
+    leaves about 1 %, and the point of the grid is chosen on 20 others: the best of 147 noisy numbers would flatter
+    itself.
+    """
+    grid = digits_grid()
+    best = grid[digits_losses(grid, range(-20, 0)).mean(0).argmin()].tolist()
+    mine = [run for run in runs if run["problem"] == "a7" and run["estimator"] != "grid"]
+    mine.append({"problem": "a7", "estimator": "grid", "seed": 0, "theta": best})
+    losses = digits_losses(torch.tensor([run["theta"] for run in mine], dtype=torch.float64), range(-140, -100))
+    means, errors = losses.mean(0), losses.std(0) / len(losses) ** 0.5
+    for run, mean, error in zip(mine, means.tolist(), errors.tolist(), strict=True):
+        run["loss"] = mean
+        print(f"a7 {run['estimator']:10} seed {run['seed']}: {mean:.4f}, standard error {error:.4f}, at {run['theta']}")
+    runs[:] = [run for run in runs if run["problem"] != "a7"] + mine
 
 
 PROBLEMS = {
@@ -115,16 +141,6 @@ def main() -> None:
     known = json.loads(arguments.results.read_text()) if arguments.results and arguments.results.exists() else []
     for name in arguments.problems:
         train, estimators = PROBLEMS[name]
-        if name == "a7":
-            first, second = torch.meshgrid(torch.linspace(-7, 0, 21), torch.linspace(-2, 4, 7), indexing="ij")
-            grid = torch.stack([first.flatten(), second.flatten()], 1).double()
-            # Chosen on one training, judged on three others: the best of 147 noisy numbers would flatter itself.
-            best = grid[digits_loss(DigitsSchedule(), grid, (-4,)).argmin()]
-            optimum = digits_loss(DigitsSchedule(), best[None])[0].item()
-            print(f"a7 grid optimum {optimum:.4f} at {best.tolist()}", flush=True)
-            initial = digits_loss(DigitsSchedule(), DigitsSchedule().theta.detach()[None]).item()
-            print(f"a7 initial loss {initial:.4f}", flush=True)
-            runs.append({"problem": name, "estimator": "grid", "loss": optimum, "theta": best.tolist()})
         for estimator in arguments.estimators or estimators:
             # Exact ones give the same numbers for every seed.
             for seed in range(1 if estimator == "truncated" else arguments.seeds):
@@ -135,10 +151,15 @@ def main() -> None:
                 print(f"{name} {estimator:10} seed {seed}: {end}  {seconds:.1f} s", flush=True)
                 if arguments.results:  # after each run, since they take minutes
                     arguments.results.write_text(json.dumps(known + runs))
+    runs = known + runs
+    if "a7" in arguments.problems:
+        judge_digits(runs)
+    if arguments.results:
+        arguments.results.write_text(json.dumps(runs))
     if arguments.figures:
         from anchor_figures import draw
 
-        draw(known + runs, arguments.figures)
+        draw(runs, arguments.figures)
 
 
 if __name__ == "__main__":

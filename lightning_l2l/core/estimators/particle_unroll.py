@@ -175,9 +175,10 @@ class _Mapped:
         """
 
         def one(parameters: Tensors, buffers: Tensors) -> tuple[list[Tensor], list[Tensor], Tensors]:
-            with nullcontext() if differentiable else torch.no_grad():
-                place = [Iterate(parameters, None, _copies(buffers)) for _ in meta_batches]
-                judged = [self.step.evaluate_here(at, batch) for at, batch in zip(place, meta_batches, strict=True)]
+            # With gradients on: a loss may differentiate something itself.
+            place = [Iterate(parameters, None, _copies(buffers)) for _ in meta_batches]
+            judged = [self.step.evaluate_here(at, batch) for at, batch in zip(place, meta_batches, strict=True)]
+            judged = judged if differentiable else [value.detach() for value in judged]
             own = _copies(buffers)
             losses = [self.step.evaluate_here(Iterate(parameters, None, own), batch) for batch in batches]
             return judged, losses, own

@@ -12,6 +12,7 @@ needs no derivative of anything with respect to the meta-parameters.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -65,8 +66,12 @@ class Particles:
                 f"count must be a positive multiple of {2 * self.ranks} (a pair on each of {self.ranks} process(es)), "
                 f"got {self.count}: particles come in antithetic pairs."
             )
-        if not self.standard_deviation > 0:
-            raise ValueError(f"standard_deviation must be above 0, got {self.standard_deviation!r}.")
+        if not 0 < self.standard_deviation < math.inf:
+            raise ValueError(f"standard_deviation must be finite and above 0, got {self.standard_deviation!r}.")
+        if self.loss_limit is not None and math.isnan(self.loss_limit):
+            raise ValueError("loss_limit is NaN, so every loss would be; leave it out for no limit.")
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, or None for a new one, got {self.seed!r}.")
         if self.batching not in get_args(Batching):
             raise ValueError(f"batching={self.batching!r} is not known; choose one of {list(get_args(Batching))}.")
         if self.ranks > 1 and self.mean_over_ranks is None:
