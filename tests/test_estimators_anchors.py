@@ -45,7 +45,7 @@ def toy_regression(estimator, iterations):
     problem, losses = ToyRegression(), []
     run = MetaTrainingRun(
         estimator, Particles(400, 0.3, 0), unroll_steps=10, windows=10, iterations=iterations, factor=10.0,
-        annealing=0.1,
+        annealing=0.1 if estimator == "es_single" else 1 / 3,
     )  # fmt: skip
     optimizer = torch.optim.Adam(problem.parameters(), lr=2e-2, betas=(0.99, 0.999))
     run.train(problem, optimizer, "naive_mean", each=lambda iteration: losses.append(problem.total_loss()))
@@ -53,7 +53,7 @@ def toy_regression(estimator, iterations):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("estimator", "loss"), [("pes", 570.0), ("es_single", 570.0)])
+@pytest.mark.parametrize(("estimator", "loss"), [("pes", 570.0), ("es_single", 566.0)])
 def test_a2_unbiased_estimators_come_close_to_the_optimum_of_toy_regression(estimator, loss):
     assert toy_regression(estimator, 2000) < loss
 

@@ -42,9 +42,17 @@ def influence_balancing(estimator: str, seed: int) -> tuple[list[tuple[int, floa
 def toy_regression(estimator: str, seed: int) -> tuple[list[tuple[int, float]], dict]:
     """A2: windows of 10 of 100 steps, 2000 updates by Adam at 2e-2."""
     problem = ToyRegression()
+    # Chosen on other seeds than those of the table: smaller perturbations at the end are for the smaller noise.
+    annealing = 0.1 if estimator == "es_single" else 1 / 3
     curve: list[tuple[int, float]] = [(0, problem.total_loss())]
     run = MetaTrainingRun(
-        estimator, Particles(400, 0.3, seed), unroll_steps=10, windows=10, iterations=2000, factor=10.0, annealing=0.1
+        estimator,
+        Particles(400, 0.3, seed),
+        unroll_steps=10,
+        windows=10,
+        iterations=2000,
+        factor=10.0,
+        annealing=annealing,
     )
 
     def note(iteration: int) -> None:
