@@ -216,7 +216,7 @@ def overfit_or_not(trainer: Any, count: int, epochs: int) -> list[str]:
 
 
 def test_a_network_that_learns_noise_by_heart_is_warned_of_once(trainer: Any) -> None:
-    (said,) = overfit_or_not(trainer, 60, 130)
+    (said,) = overfit_or_not(trainer, 60, 300)
     assert "the network overfits" in said and "stop early" in said
 
 
