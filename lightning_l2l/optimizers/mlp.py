@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_l2l.optimizers.coordinatewise import CoordinatewiseOptimizer, State
 from lightning_l2l.optimizers.features import constant, moving_average, normalised, time_features
 from lightning_l2l.optimizers.layout import Layout
-from lightning_l2l.optimizers.network import CoordinateNetwork, Initialisation, combined_step
+from lightning_l2l.optimizers.mlp_step import mlp_step, raw_features
+from lightning_l2l.optimizers.network import CoordinateNetwork, Initialisation
 
 _DECAYS = (0.5, 0.9, 0.99, 0.999, 0.9999)
 # The last is 300 000 in the published code, though 30 000 seems to have been meant.
@@ -31,7 +31,7 @@ class MLPOptimizer(CoordinatewiseOptimizer):
 
     When it helps: to reproduce the paper's experiments. :class:`SmallFCOptimizer` sees more and costs less; with
     ``normalise_output=True`` either trains in minutes. Cost of a step: about 1100 multiplications per parameter,
-    and ten numbers of memory (state); in an unroll about 100 numbers per parameter and step are kept.
+    and ten numbers of memory (state), which is also what an unroll keeps for each step.
 
     Args:
         hidden_size: Units in the hidden layer.
@@ -47,6 +47,7 @@ class MLPOptimizer(CoordinatewiseOptimizer):
     Source: Metz et al. 2019 (arXiv 1810.10180), in the form of Wang, Yuan, Wu, Ge (ICML 2021), section 5.
 
     Example:
+        >>> import torch
         >>> learned = MLPOptimizer()
         >>> sum(parameter.numel() for parameter in learned.parameters())
         1090
@@ -95,17 +96,25 @@ class MLPOptimizer(CoordinatewiseOptimizer):
 
     def step(self, gradient: Tensor, parameter: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
         """See :class:`CoordinatewiseOptimizer`."""
-        features, time, averages = self.features(gradient, parameter, state, layout)
-        direction, magnitude = self.network(features, time).unbind(0)
-        return combined_step(direction, magnitude, self.exponent_multiplier), averages
+        layers = self.network.layers(gradient, self._time(state, gradient))
+        step, momenta, second_moments = mlp_step(
+            gradient, parameter, state["momenta"], state["second_moments"], layers, layout, self._weights,
+            self.exponent_multiplier,
+        )  # fmt: skip
+        return step, {"momenta": momenta, "second_moments": second_moments}
 
     def features(
         self, gradient: Tensor, parameter: Tensor, state: State, layout: Layout
     ) -> tuple[Tensor, Tensor, State]:
-        """The 22 normalised features ``(22, N)``, the nine of the time ``(9,)``, and the next averages."""
+        """The 22 normalised features ``(22, N)``, the nine of the time ``(9,)``, and the next averages.
+
+        For looking at them: :meth:`step` computes the same without keeping them.
+        """
         momenta = moving_average(state["momenta"], gradient, self._weights)
         second_moments = moving_average(state["second_moments"], gradient.square(), self._weights)
-        roots = torch.rsqrt(second_moments + 1e-6)
-        raw = torch.cat([gradient[None], momenta * roots, parameter[None], momenta, second_moments, roots])
-        time = time_features(state["step"] + 1, self._timescales, raw.dtype)
-        return normalised(raw, layout), time, {"momenta": momenta, "second_moments": second_moments}
+        raw = raw_features(gradient, parameter, momenta, second_moments)
+        averages = {"momenta": momenta, "second_moments": second_moments}
+        return normalised(raw, layout), self._time(state, gradient), averages
+
+    def _time(self, state: State, like: Tensor) -> Tensor:
+        return time_features(state["step"] + 1, self._timescales, like.dtype)

@@ -50,14 +50,21 @@ class CoordinateNetwork(nn.Module):
         if initialisation == "zero_output":
             nn.init.zeros_(self.weights[-1])
 
-    def forward(self, features: Tensor, time: Tensor | None = None) -> Tensor:
-        """The outputs, shape ``(outputs, N)``, in the features' dtype and on their device."""
-        values = features
+    def layers(self, like: Tensor, time: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each layer in the dtype and on the device of ``like``, the time in the first bias."""
+        found = []
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            weight, bias = weight.to(values.device, values.dtype), bias.to(values.device, values.dtype)
+            weight, bias = weight.to(like.device, like.dtype), bias.to(like.device, like.dtype)
             if index == 0 and time is not None:
                 bias = bias + weight[:, self._coordinate_inputs :] @ time
                 weight = weight[:, : self._coordinate_inputs]
+            found.append((weight, bias))
+        return found
+
+    def forward(self, features: Tensor, time: Tensor | None = None) -> Tensor:
+        """The outputs, shape ``(outputs, N)``, in the features' dtype and on their device."""
+        values = features
+        for index, (weight, bias) in enumerate(self.layers(features, time)):
             if index > 0:
                 values = torch.relu(values)
             values = torch.addmm(bias[:, None], weight, values)

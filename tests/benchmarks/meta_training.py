@@ -1,28 +1,27 @@
 """Throughput of meta-training: milliseconds of processor time per task and inner step, one thread.
 
 The paper's 31-feature optimizer on a 64-32-10 network, batches of 64, T = 20 steps, exact second-order reverse mode,
-judged
-after the last step. With ``--jax`` also the same computation in JAX (jitted, vmapped, scanned), where it is installed.
+judged after the last step. With ``--jax`` also the same computation in JAX (jitted, vmapped, scanned), where it is
+installed. With ``--memory`` instead the peak memory of one meta-gradient of so many tasks, in this process (Linux).
 
     python tests/benchmarks/meta_training.py [--tasks 1 8 32] [--repeats 3] [--jax]
+    python tests/benchmarks/meta_training.py --memory --tasks 64 --steps 100 [--estimator segmented]
 
 Processor time rather than wall time, so that a busy machine says something too; caches shared with other processes
-still
-make it slower than an idle one. Large tensors come straight from the operating system with glibc's default settings,
-and
-clearing their pages may take half of the time: compare with
-``GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296``.
+still make it slower than an idle one.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from importlib.util import find_spec
 
 import torch
 
 from lightning_l2l import MetaTraining, MLPOptimizer
+from lightning_l2l.core.windows import Name
 from lightning_l2l.tasks import ImageClassification
 
 STEPS = 20
@@ -34,20 +33,33 @@ def images() -> ImageClassification:
     return ImageClassification(torch.rand(1200, 8, 8, generator=generator), torch.arange(1200) % 10)
 
 
-def ours(tasks: int, repeats: int) -> float:
-    """Milliseconds per task and inner step."""
+def meta_training(tasks: int, steps: int, estimator: Name) -> MetaTraining:
+    """What is measured."""
     torch.manual_seed(0)
-    meta_training = MetaTraining(
-        MLPOptimizer(initialisation="scaled"), images(), unroll_steps=STEPS, tasks_at_once=tasks, estimator="reverse",
+    return MetaTraining(
+        MLPOptimizer(initialisation="scaled"), images(), unroll_steps=steps, tasks_at_once=tasks, estimator=estimator,
         objective="naive", meta_data="train",
     )  # fmt: skip
-    meta_training.training_step(None)
+
+
+def ours(tasks: int, repeats: int, steps: int = STEPS, estimator: Name = "reverse") -> float:
+    """Milliseconds per task and inner step."""
+    measured = meta_training(tasks, steps, estimator)
+    measured.training_step(None)
     seconds = []
     for _ in range(repeats):
         begun = time.process_time()
-        meta_training.training_step(None).backward()
+        measured.training_step(None).backward()
         seconds.append(time.process_time() - begun)
-    return min(seconds) * 1e3 / (tasks * STEPS)
+    return min(seconds) * 1e3 / (tasks * steps)
+
+
+def peak(tasks: int, steps: int, estimator: Name) -> tuple[float, float]:
+    """Megabytes of the process before and at the peak of one meta-gradient."""
+    measured = meta_training(tasks, steps, estimator)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    measured.training_step(None)
+    return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def in_jax(tasks: int, repeats: int) -> tuple[float, float]:
@@ -107,12 +119,20 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--jax", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--steps", type=int, default=STEPS, help="inner steps, without JAX (%(default)s)")
+    parser.add_argument("--estimator", default="reverse", choices=["reverse", "segmented"], help="%(default)s")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.jax and find_spec("jax") is None:
         parser.error("--jax needs jax, which is not installed.")
+    if options.memory:
+        before, highest = peak(max(options.tasks), options.steps, options.estimator)
+        print(f"{max(options.tasks)} tasks x {options.steps} steps: {highest:.0f} MB, {before:.0f} MB before")
+        return
     for tasks in options.tasks:
-        line = f"{tasks:3d} task(s): {ours(tasks, options.repeats):.2f} ms per task and step"
+        found = ours(tasks, options.repeats, options.steps, options.estimator)
+        line = f"{tasks:3d} task(s): {found:.2f} ms per task and step"
         if options.jax:
             found, compiling = in_jax(tasks, options.repeats)
             line += f"; JAX {found:.2f} ms after {compiling:.0f} s of compiling"
