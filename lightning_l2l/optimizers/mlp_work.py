@@ -55,7 +55,8 @@ class Work:
         if derivative:
             self._averages = buffer(averages), buffer(averages)
             self._of_feature, self._of_unit = buffer(features), buffer(units)
-            self._of_weight = torch.empty_like(self._weight)
+            # Transposed: that way around the product over the parameters takes half the time (MKL, 32 units).
+            self._of_weight = torch.empty_like(self._weight.mT, memory_format=torch.contiguous_format)
             self._of_output_weight = torch.zeros_like(self._output_weight)
 
     def portions(self) -> list[slice]:
@@ -110,7 +111,7 @@ class Work:
         weight = self._output_weight[:, :-1].t().expand(count, -1, -1)
         of_unit = torch.bmm(weight, of_output, out=self._of_unit[:count])
         torch.ops.aten.threshold_backward.grad_input(of_unit, unit[:, :-1], 0, grad_input=of_unit)
-        torch.bmm(of_unit, feature.transpose(1, 2), out=self._of_weight[tasks])
+        torch.bmm(feature, of_unit.transpose(1, 2), out=self._of_weight[tasks])
         weight = self._weight[tasks, :, :-1].transpose(1, 2)
         of_feature = torch.bmm(weight, of_unit, out=self._of_feature[:count])
         self._through_normalisation(feature[:, :-1], of_feature, self._product[:count])
@@ -152,4 +153,5 @@ class Work:
     def of_network(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The derivatives for weights and biases, in the order of the inputs."""
         hidden, output = self._of_weight, self._of_output_weight
-        return hidden[..., :-1].sum(0), hidden[..., -1].clone(), output[:, :-1].clone(), output[:, -1].clone()
+        weight, bias = hidden[:, :-1].sum(0).t().contiguous(), hidden[:, -1].clone()
+        return weight, bias, output[:, :-1].clone(), output[:, -1].clone()
