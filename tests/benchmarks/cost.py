@@ -1,11 +1,12 @@
 """What a meta-gradient costs, beside the same training without one and beside every peer that is installed.
 
-    python tests/benchmarks/cost.py [--part a b memory mirror] [--rounds 5] [--results cost.json] [--figure cost.png]
+    python tests/benchmarks/cost.py [--part a b c memory mirror] [--rounds 5] [--results cost.json] [--figure cost.png]
 
 (a) One exact meta-gradient of the step size (SGD with momentum) of a 128-wide and a 1024-wide MLP, over the time of the
     same number of plain training steps. higher and JAX take part where they are installed; JAX is compared with its own
     training, after compiling.
 (b) A whole Lightning fit with the callback at default settings, after the initial search, over the same fit without.
+(c) Throughput of meta-training (``meta_training.py``, which also measures its memory).
 (memory) Peak of a fresh process above its start, 256-wide MLP; on Linux.
 (mirror) One step of the mirror, new parameters and new state, over one step of torch.optim in place (``foreach``), for
     500 tensors of 48 elements on average.
@@ -13,7 +14,6 @@
 Contestants take turns (A B C A B C ...) in one process and one thread; quoted is the median of the ratios to the plain
 training of the same round, with the smallest and the largest. Processor time, so that a busy machine says something,
 too.
-Throughput of meta-training is in ``meta_training.py``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import meta_training
 from fits import MODELS, seconds
 from peers import JAX, PEERS, Problem, plain
 
@@ -45,7 +46,7 @@ from lightning_l2l.core.inner import mirror, read_state
 # (width, batch size, numbers of steps)
 SIZES = ((128, 128, (5, 20, 100, 400)), (1024, 512, (20,)))
 FITS: dict[str, dict[str, Any]] = {"default": {}, "looking ahead": {"estimator": "forward"}}
-PARTS = ("a", "b", "memory", "mirror")
+PARTS = ("a", "b", "c", "memory", "mirror")
 MEMORY_STEPS = {"ours, forward": (10, 100, 400, 5000), "torchopt.MetaSGD": (10, 100, 400), "higher": (10, 100, 400)}
 
 
@@ -99,6 +100,18 @@ def part_b(rounds: int) -> list[dict[str, Any]]:
         for name, values in found.items():
             rows.append({"model": model, "contestant": name, "ratio": values})
             print(f"{model:<18} {name:<16} {_range(values)}", flush=True)
+    return rows
+
+
+def part_c(rounds: int) -> list[dict[str, Any]]:
+    """Meta-training over tasks, milliseconds per task and inner step."""
+    rows = []
+    for tasks in (1, 8, 32):
+        found = {"ours": meta_training.ours(tasks, rounds)}
+        if JAX:
+            found["JAX"] = meta_training.in_jax(tasks, rounds)[0]
+        rows += [{"tasks": tasks, "contestant": name, "milliseconds": value} for name, value in found.items()]
+        print(f"{tasks:>3} tasks  " + ", ".join(f"{name} {value:.2f} ms" for name, value in found.items()), flush=True)
     return rows
 
 
@@ -224,6 +237,7 @@ def main() -> None:
     parts = {
         "a": lambda: part_a(rounds),
         "b": lambda: part_b(rounds),
+        "c": lambda: part_c(rounds),
         "memory": part_memory,
         "mirror": lambda: part_mirror(rounds),
     }

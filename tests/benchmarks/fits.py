@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-STEPS = 200
+STEPS = 1000
 
 
 class Characters(nn.Module):
