@@ -29,7 +29,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
 
 from lightning_l2l import LearnToLearn
 
@@ -41,11 +40,11 @@ from digits_tasks import (
     Digits,
     digits,
     loaders,
-    network,
-    optimizer_of,
     test_loss,
     training_order,
 )
+from plain_loop import QUIET, batches, train
+from plain_loop import cosine as schedule
 
 # Half-decades; the best constant rate lies inside for every task here (checked below).
 GRIDS = {
@@ -60,21 +59,12 @@ OPTIMIZERS = ("sgd", "adam")
 def plain_loss(data: Digits, kind: str, optimizer: str, rate: float, seed: int, *, cosine: bool) -> float:
     """Test loss of plain training, without the Trainer: the same weights and batches, ten times faster."""
     torch.manual_seed(seed)
-    net = network(kind)
-    inner = optimizer_of(optimizer, net, rate)
-    sampler = training_order(data, seed)
-    images, labels = data.train.tensors
-    batches = [batch for _ in range(EPOCHS) for batch in torch.tensor(list(sampler)).split(BATCH_SIZE)]
-    for step, batch in enumerate(batches):
-        if cosine:
-            inner.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
-        loss = nn.functional.cross_entropy(net(images[batch]), labels[batch])
-        if not math.isfinite(loss.item()):
-            return math.inf
-        inner.zero_grad()
-        loss.backward()
-        inner.step()
-    return test_loss(net, data)
+    module = Classifier(kind, optimizer, rate)
+    given = batches(data.train, training_order(data, seed), BATCH_SIZE, EPOCHS)
+    rates = schedule(rate, len(given)) if cosine else None
+    if not train(module.loss, module.configure_optimizers(), given, rates):
+        return math.inf
+    return test_loss(module.net, data)
 
 
 def grid_losses(
@@ -94,16 +84,7 @@ def fit(
     """Test loss and seconds of a fit with the Trainer."""
     torch.manual_seed(seed)
     module = Classifier(kind, optimizer, rate)
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = pl.Trainer(max_epochs=EPOCHS, callbacks=list(callbacks), **QUIET)
     started = time.perf_counter()
     trainer.fit(module, *loaders(data, seed))
     return test_loss(module.net, data), time.perf_counter() - started

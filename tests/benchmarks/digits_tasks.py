@@ -52,10 +52,10 @@ def network(kind: str) -> nn.Sequential:
 
 
 def optimizer_of(kind: str, module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """``"sgd"`` with momentum 0.9, or ``"adam"``."""
+    """``"sgd"`` with momentum 0.9, ``"adam"`` or ``"adamw"``."""
     if kind == "sgd":
         return torch.optim.SGD(module.parameters(), lr=learning_rate, momentum=0.9)
-    return torch.optim.Adam(module.parameters(), lr=learning_rate)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind](module.parameters(), lr=learning_rate)
 
 
 class Classifier(pl.LightningModule):

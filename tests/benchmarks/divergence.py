@@ -14,18 +14,11 @@ import warnings
 import lightning.pytorch as pl
 import torch
 from digits_tasks import EPOCHS, Classifier, digits, loaders, test_loss
+from plain_loop import QUIET
 
 from lightning_l2l import LearnToLearn
 
 RATES = (0.01, 0.1, 1.0, 10.0, 1000.0)
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 def run(kind: str, optimizer: str, rate: float, seed: int, guard: bool) -> tuple[float, list[int], float]:

@@ -15,7 +15,7 @@ import warnings
 import lightning.pytorch as pl
 import torch
 from digits_tasks import Classifier, digits, test_loss
-from divergence import QUIET
+from plain_loop import QUIET
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2l import LearnToLearn
