@@ -37,7 +37,7 @@ class Hypergradient(OnlineRate):
 
     Source: Baydin, Cornish, Martinez Rubio, Schmidt, Wood, "Online Learning Rate Adaptation with Hypergradient Descent"
     (ICLR 2018). Of its two rules the one that does not depend on the scale of loss and rate; the additive one with its
-    published constants cannot leave a start that is wrong by decades. With beta = 0.02, our choice, the rate can move by
+    published constants cannot leave a start that is wrong by decades. With beta = 0.02 (ours) the rate can move by
     eight decades in 1000 steps.
     """
 
