@@ -44,7 +44,14 @@ def test_finished_runs_are_not_run_again_and_all_methods_are_in_the_table(
         results.read_text().splitlines()
     )
     printed = capsys.readouterr().out
-    for method in ("best constant", "best cosine", "LearningRateFinder", "hypergradient", "MetaOptimize", "LearnToLearn"):
+    for method in (
+        "best constant",
+        "best cosine",
+        "LearningRateFinder",
+        "hypergradient",
+        "MetaOptimize",
+        "LearnToLearn",
+    ):
         assert f"| AdamW | {method} |" in printed
     assert "Plain loop against Trainer: 1 pairs, differing by 0.0e+00 at most." in printed
     assert (tmp_path / "figure.png").stat().st_size > 0

@@ -69,6 +69,8 @@ class Comparison:
 
     def ratio(self, method: str, key: Key) -> float:
         """Mean test loss over that of the best constant rate, by the seeds that both have."""
+        if key not in self.cells[method]:
+            return math.nan
         ours, theirs = self.cells[method][key], self.best("constant", *key[:2])[1]
         seeds = ours.runs.keys() & theirs.runs.keys()
         losses = [cell.mean("test_loss", seeds) if seeds else math.nan for cell in (ours, theirs)]
@@ -82,12 +84,19 @@ class Comparison:
         return {key: self.ratio(method, key) for key in self.cells[method] if key[1] == optimizer}
 
     def dependence(self, method: str, optimizer: str) -> dict[str, float]:
-        """By task: test loss from the worst start over that from the best."""
-        losses = defaultdict(list)
+        """By task: test loss from the worst start over that from the best, by the seeds that all starts have had."""
+        cells: dict[str, list[Cell]] = defaultdict(list)
         for (name, of, start), cell in self.cells[method].items():
             if of == optimizer and start:
-                losses[name].append(cell.loss)
-        return {name: max(found) / min(found) for name, found in losses.items() if len(found) > 1}
+                cells[name].append(cell)
+        found = {}
+        for name, given in cells.items():
+            seeds = set.intersection(*(set(cell.runs) for cell in given))
+            if len(given) > 1 and seeds:
+                losses = [cell.mean("test_loss", seeds) for cell in given]
+                losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+                found[name] = max(losses) / min(losses) if math.isfinite(max(losses)) else math.inf
+        return found
 
     def cost(self, method: str, optimizer: str, column: str) -> float:
         """Median over tasks and starts of the ratio to a plain training in the same kind of loop."""
@@ -151,7 +160,7 @@ def by_task(of: Comparison, method: str = "LearnToLearn") -> str:
     rows = []
     for name in (*CHOSEN_ON, *CONFIRMED_ON):
         for optimizer in OPTIMIZERS:
-            if (name, optimizer, starts[0]) not in of.cells[method]:
+            if not any((name, optimizer, start) in of.cells[method] for start in starts):
                 continue
             rate, constant = of.best("constant", name, optimizer)
             edge = "" if of.inside("constant", name, optimizer) else " (end)"
