@@ -67,7 +67,9 @@ def main(arguments: list[str] | None = None) -> list[tuple[int, float, float, fl
 
     task = Quadratic.random(20, seed=0, kind="wide")
     # By looking ahead: the live estimator looks back over the steps just taken, from other weights than the truth's.
-    learner = LearnToLearn(unroll_steps=UNROLL_STEPS, every_n_steps=2, estimator="forward", search_budget=0.2)
+    learner = LearnToLearn(
+        unroll_steps=UNROLL_STEPS, every_n_steps=2, interval_growth=0, estimator="forward", search_budget=0.2
+    )
     truth = Truth(task, learner)
     trainer = L.Trainer(
         max_steps=40 if options.quick else 300,
