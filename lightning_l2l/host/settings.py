@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_l2l.core.meta_gradient import Estimator, check_estimator
 from lightning_l2l.core.objectives import Objective, check_objective
@@ -55,6 +56,12 @@ class Settings:
             check_estimator(self.estimator)
         if isinstance(self.meta_data, str) and self.meta_data not in ("val", "train"):
             raise ValueError(f"LearnToLearn(meta_data={self.meta_data!r}) must be 'val', 'train' or a loader.")
+        if _is_unbatched(self.meta_data):
+            raise TypeError(
+                f"LearnToLearn(meta_data=...) must be 'val', 'train' or a loader, not {type(self.meta_data).__name__}"
+                f"{' of tensors' if isinstance(self.meta_data, (list, tuple)) else ''}: without batches, each example "
+                "would be taken for one. Wrap it in a DataLoader (batch_size=None where each item is a batch already)."
+            )
         if not _is_loader(self.meta_data):
             raise _wrong_type(self, "meta_data", "'val', 'train' or one loader that can be read more than once")
         rate = _number(self, "meta_learning_rate")
@@ -92,6 +99,13 @@ def check_learned(learned: object) -> None:
     if learned is not None and not isinstance(learned, LearnedOptimizer):
         found = f"the class {learned.__name__}" if isinstance(learned, type) else type(learned).__name__
         raise TypeError(f"LearnToLearn(learned=...) must be a LearnedOptimizer such as LearnedStepSize(), not {found}.")
+
+
+def _is_unbatched(data: Any) -> bool:
+    # Of a list of tensors nobody can say whether these are batches, or the inputs and targets of one.
+    if isinstance(data, (list, tuple)):
+        return any(isinstance(item, Tensor) for item in data)
+    return isinstance(data, (Dataset, Tensor))
 
 
 def _is_loader(data: Any) -> bool:
