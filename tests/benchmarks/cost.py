@@ -187,7 +187,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     from lightning_l2l.plotting import STYLES
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    figure, (left, middle, right) = plt.subplots(3, 1, figsize=(6.5, 9.5), constrained_layout=True)
     small = [row for row in results["a"] if row["width"] == SIZES[0][0]]
     for style, name in zip(STYLES, dict.fromkeys(row["contestant"] for row in small), strict=False):
         mine = [row for row in small if row["contestant"] == name]
@@ -195,12 +195,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.axhline(3.0, color="0.6", linewidth=0.8)
     left.set(xscale="log", xlabel="steps K", ylabel="time / K plain steps", title="One meta-gradient, MLP of width 128")
     left.set_ylim(2.0, 5.8)
-    left.legend(fontsize=7, loc="upper left", ncol=2)
+    left.legend(fontsize=8, loc="upper left", ncol=2)
     for style, name in zip(STYLES, dict.fromkeys(row["contestant"] for row in results["memory"]), strict=False):
         mine = [row for row in results["memory"] if row["contestant"] == name]
         middle.plot([r["steps"] for r in mine], [r["megabytes"] for r in mine], marker="o", label=name, **style)
     middle.set(xscale="log", yscale="log", xlabel="steps K", ylabel="MB", title="Peak memory, MLP of width 256")
-    middle.legend(fontsize=7)
+    middle.legend(fontsize=8)
     names = list(FITS)
     for place, (style, name) in enumerate(zip(STYLES, names, strict=False)):
         mine = [row for row in results["b"] if row["contestant"] == name]
@@ -209,7 +209,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     right.set_xticks(range(len(MODELS)), [name.replace(" small", "\nsmall") for name in MODELS])
     right.axhline(1.0, color="0.6", linewidth=0.8)
     right.set(ylabel="fit / plain fit", title="A fit, after the search")
-    right.legend(fontsize=7)
+    right.legend(fontsize=8)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
