@@ -31,6 +31,17 @@ def test_intervals_are_multiples_that_grow_with_the_run(every: int, growth: floa
         assert abs(after - before - max(every, growth * before)) <= every / 2 + 1e-6 * before
 
 
+@pytest.mark.parametrize(("planned", "interval"), [(40, 20), (39, 9), (8, 2), (3, 1), (1, 1)])
+def test_a_run_shorter_than_two_intervals_has_four_of_its_own(planned: int, interval: int) -> None:
+    assert Cadence(20, 0.1, planned).interval == interval
+
+
+def test_a_run_is_looked_after_at_every_multiple_however_far_meta_updates_are_apart() -> None:
+    of = Cadence(20, 1.0)
+    assert [step for step in range(1, 101) if of.looks(step)] == [20, 40, 60, 80, 100]
+    assert due(of, 100) == [20, 40, 80]
+
+
 @given(st.integers(0, 5000), st.floats(0, 1))
 def test_steps_to_go_is_counted_to_the_next_meta_update(step: int, growth: float) -> None:
     of = Cadence(7, growth)
