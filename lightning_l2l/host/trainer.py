@@ -34,11 +34,6 @@ def loss_scale(trainer: pl.Trainer) -> float:
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
-def accumulates(trainer: pl.Trainer) -> bool:
-    """Whether the current micro-batch will not step the optimizer."""
-    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
-
-
 def planned_steps(trainer: pl.Trainer) -> float:
     """Optimizer steps that this fit will take in all; ``inf`` where nobody knows. To be asked once loaders exist."""
     batches = trainer.num_training_batches
