@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from digits_tasks import (
     BATCH_SIZE,
     EPOCHS,
+    GRIDS,
     Classifier,
     Digits,
     digits,
@@ -46,11 +47,6 @@ from digits_tasks import (
 from plain_loop import QUIET, batches, train
 from plain_loop import cosine as schedule
 
-# Half-decades; the best constant rate lies inside for every task here (checked below).
-GRIDS = {
-    "sgd": [10.0 ** (-4 + place / 2) for place in range(11)],
-    "adam": [10.0 ** (-5 + place / 2) for place in range(11)],
-}
 STARTS = {"sgd": (1e-3, 1e-1), "adam": (1e-4, 1e-2)}
 MODELS = ("mlp", "convnet")
 OPTIMIZERS = ("sgd", "adam")

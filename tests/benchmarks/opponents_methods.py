@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from digits import GRIDS
+from digits_tasks import GRIDS
 from lightning.pytorch.callbacks import LearningRateFinder
 from online_rates import Hypergradient, MetaOptimize
 from opponents_tasks import Learner, Task, loaders, task, test_loss, training_order
