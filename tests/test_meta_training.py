@@ -27,7 +27,7 @@ from lightning_l2l import (
 from lightning_l2l.core.estimators import Particles
 from lightning_l2l.core.inner import inner_optimizer
 from lightning_l2l.host.module_task import ModuleTask
-from lightning_l2l.tasks import Quadratic, RandomQuadratics, Task
+from lightning_l2l.tasks import ImageClassification, Quadratic, RandomQuadratics, Task
 from lightning_l2l.tasks.length import Length
 from tests.test_task_family import Cliff
 
@@ -343,3 +343,19 @@ def test_experiment_three_compares_both_meta_objectives_and_sgd(tmp_path: Path, 
     assert (tmp_path / "test_accuracy.png").exists()
     rows = (tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + len(found) and rows[0].startswith("label_noise,method")
+    # At steps 0 ... 20; the last evaluation is what the row says.
+    assert all(row.curve is not None and row.curve.steps == tuple(range(21)) for row in found)
+    assert all(row.curve.test_accuracy[:, -1].mean().item() == row.test_accuracy for row in found if row.curve)
+    assert (tmp_path / "curves.png").exists()
+    rows = (tmp_path / "curves.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 1 + 21 * len(found) and rows[0].endswith("step,train_loss,test_accuracy")
+
+
+def test_evaluations_along_a_run_do_not_change_it() -> None:
+    from lightning_l2l.experiments._runs import baseline, runs
+
+    family = ImageClassification.digits(train_samples=30, val_samples=10, batch_size=8, resample=True)
+    alone, seen = (runs("sgd", baseline("sgd", 0.1), family, 7, range(2), every=every) for every in (None, 3))
+    assert alone.curve is None and seen.curve is not None and seen.curve.steps == (0, 3, 6, 7)
+    torch.testing.assert_close(seen.train, alone.train, rtol=0, atol=0)
+    torch.testing.assert_close(seen.curve.test_accuracy[:, -1], alone.test_accuracy, rtol=0, atol=0)

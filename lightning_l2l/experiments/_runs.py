@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,21 @@ Baseline = Literal["adam", "sgd_momentum", "sgd"]
 
 
 @dataclass(frozen=True)
+class Curve:
+    """How runs went, on all examples at some steps.
+
+    Attributes:
+        steps: Training steps done before each evaluation, ``[evaluations]``.
+        train: Loss on all training examples, ``[runs, evaluations]``.
+        test_accuracy: ``[runs, evaluations]``.
+    """
+
+    steps: tuple[int, ...]
+    train: Tensor
+    test_accuracy: Tensor
+
+
+@dataclass(frozen=True)
 class Runs:
     """What a set of runs gave.
 
@@ -35,6 +50,7 @@ class Runs:
         diverged: How many runs were frozen.
         seconds: Processor time of one step of one run.
         learning_rate: For tuned baselines.
+        curve: Where it was asked for.
     """
 
     name: str
@@ -46,6 +62,7 @@ class Runs:
     diverged: int
     seconds: float
     learning_rate: float | None = None
+    curve: Curve | None = None
 
     @property
     def score(self) -> float:
@@ -54,7 +71,13 @@ class Runs:
 
 
 def runs(
-    name: str, learned: LearnedOptimizer, family: TaskFamily, steps: int, seeds: Sequence[int], divergence: float = 10.0
+    name: str,
+    learned: LearnedOptimizer,
+    family: TaskFamily,
+    steps: int,
+    seeds: Sequence[int],
+    divergence: float = 10.0,
+    every: int | None = None,
 ) -> Runs:
     """Train one task for each seed.
 
@@ -65,6 +88,8 @@ def runs(
         steps: Training steps.
         seeds: Each gives a task, a start and the batches.
         divergence: See :class:`~lightning_l2l.tasks.stacked.StackedTasks`.
+        every: Steps between the evaluations of the curve, for tasks that can evaluate all of their examples; they draw
+            no random numbers, so that the runs are the same without them.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     tasks = [family.sample(generator) for generator in generators]
@@ -74,12 +99,13 @@ def runs(
     step = InnerStep(stack, BatchedTasks(learned))
     iterate = step.start({**parameters, LOSS_CHANNEL: torch.zeros_like(start)}, None, {START_LOSS: start})
     limit, history = stack.limit(start), []
-    spent = 0.0
-    for _ in range(steps):
+    spent, evaluated = 0.0, []
+    for number in range(steps):
+        if every is not None and number % every == 0:
+            evaluated.append((number, *_evaluated(stack, _own(iterate.parameters), generator)))
         batch = stack.batch("train", generator)
         begun = time.process_time()
-        own = {name: tensor for name, tensor in iterate.parameters.items() if name != LOSS_CHANNEL}
-        losses = stack.losses(own, batch.data)
+        losses = stack.losses(_own(iterate.parameters), batch.data)
         told = (~(losses.detach() <= limit)).to(losses.dtype)
         total = torch.where(losses.isfinite(), losses, 0.0).sum()
         gradients = {**step.gradients(total, iterate, create_graph=False), LOSS_CHANNEL: told}
@@ -87,12 +113,20 @@ def runs(
             iterate = step.update(iterate, gradients).fresh()
         spent += time.process_time() - begun
         history.append(torch.where(losses.detach() < limit, losses.detach(), limit))
-    own = {name: tensor.detach() for name, tensor in iterate.parameters.items() if name != LOSS_CHANNEL}
-    ends = [_at_the_end(stack, own, split, generator) for split in ("test", "val", "train")]
+    own = _own(iterate.parameters)
+    if every is not None:
+        evaluated.append((steps, *_evaluated(stack, own, generator)))
+    ends = [_on_split(stack, own, split, generator) for split in ("test", "val", "train")]
     (test, accuracy), (val, _), (_, train_accuracy) = ends
     diverged = int((~iterate.state["alive"]).sum())
     seconds = spent / (steps * len(seeds))
-    return Runs(name, torch.stack(history, 1), test, val, accuracy, train_accuracy, diverged, seconds)
+    curve = None
+    if evaluated:
+        places, train, test_accuracy = zip(*evaluated, strict=True)
+        curve = Curve(places, torch.stack(train, 1), torch.stack(test_accuracy, 1))
+    return Runs(
+        name, torch.stack(history, 1), test, val, accuracy, train_accuracy, diverged, seconds, curve=curve
+    )  # fmt: skip
 
 
 def baseline(kind: Baseline, learning_rate: float) -> LearnedOptimizer:
@@ -113,6 +147,7 @@ def tuned(
     seeds: Sequence[int],
     score: Callable[[Runs], float] = lambda found: found.score,
     exponents: tuple[int, int] = (-8, 2),
+    every: int | None = None,
 ) -> Runs:
     """A baseline at the best step size of a half-decade grid: chosen on some seeds, reported on others.
 
@@ -124,12 +159,13 @@ def tuned(
         seeds: Those that are reported.
         score: What the best has least of.
         exponents: First and last half-decade: ``10**(exponent / 2)``.
+        every: See :func:`runs`; for the reported runs.
     """
     grid = [10 ** (exponent / 2) for exponent in range(exponents[0], exponents[1] + 1)]
     scores = [score(runs(kind, baseline(kind, rate), family, steps, tuning_seeds)) for rate in grid]
     # NaN loses.
     best = min(range(len(grid)), key=lambda index: scores[index] if scores[index] == scores[index] else float("inf"))
-    found = runs(kind, baseline(kind, grid[best]), family, steps, seeds)
+    found = runs(kind, baseline(kind, grid[best]), family, steps, seeds, every=every)
     return Runs(**{**found.__dict__, "learning_rate": grid[best]})
 
 
@@ -148,8 +184,17 @@ def _smoothed(curve: Tensor, width: int) -> Tensor:
     return curve.unfold(0, width, 1).mean(1)
 
 
+def _own(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in parameters.items() if name != LOSS_CHANNEL}
+
+
+def _evaluated(stack: StackedTasks, parameters: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Loss on all training examples and accuracy on all test examples."""
+    return _on_split(stack, parameters, "train", generator)[0], _on_split(stack, parameters, "test", generator)[1]
+
+
 @torch.no_grad()
-def _at_the_end(
+def _on_split(
     stack: StackedTasks, parameters: dict[str, Tensor], split: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Loss and accuracy on a split, all of it where the tasks know how; NaN for what there is not."""

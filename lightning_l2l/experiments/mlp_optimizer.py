@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from lightning_l2l.experiments._choices import OptimizerName, make_optimizer
+from lightning_l2l.experiments._mlp_optimizer_figures import Result, draw_accuracies, draw_curves, write
 from lightning_l2l.experiments._runs import Runs, runs, tuned
 from lightning_l2l.experiments.meta_train import fit
 from lightning_l2l.meta_training import MetaTraining
 from lightning_l2l.optimizers import MLPOptimizer
-from lightning_l2l.plotting import STYLES, new_figure, require_matplotlib
+from lightning_l2l.plotting import require_matplotlib
 from lightning_l2l.tasks import ImageClassification
 from lightning_l2l.tasks.length import Length
 
 Settings = Literal["quick", "published"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row of ``results.csv``: an optimizer of one meta-seed, averaged over its test runs.
-
-    Attributes:
-        label_noise: Fraction of random labels in training and validation data; the test labels are clean.
-        method: ``"train-by-train"``, ``"train-by-validation"`` or ``"sgd"``.
-        train_samples: Training examples of each task.
-        val_samples: Held-out examples of each task that the meta-objective, or the tuning, saw.
-        seed: Of the meta-training and its test runs.
-        train_accuracy: At the end, on the (noisy) training examples.
-        test_accuracy: At the end.
-        test_loss: At the end.
-        diverged: Test runs that diverged.
-    """
-
-    label_noise: float
-    method: str
-    train_samples: int
-    val_samples: int
-    seed: int
-    train_accuracy: float
-    test_accuracy: float
-    test_loss: float
-    diverged: int
 
 
 def run(
@@ -69,7 +39,7 @@ def run(
     with the step size tuned on the validation loss of n + n. Each is tested on new tasks with new starts.
 
     Args:
-        output: Folder for results.csv and test_accuracy.png.
+        output: Folder for results.csv, curves.csv, test_accuracy.png and curves.png.
         mnist_folder: Folder with MNIST's four IDX files; scikit-learn's digits if not given.
         samples: n; 100 for digits and 1000 for MNIST if not given.
         label_noise: Fractions of random labels; 0 and 0.2 if not given.
@@ -83,7 +53,7 @@ def run(
         steps: Training steps in meta-training and in the test.
         seeds: Meta-trainings of each kind.
         test_runs: New tasks that each of them is tested on.
-        plots: Whether to draw the figure.
+        plots: Whether to draw the figures.
 
     Returns:
         One result for each method, noise and seed.
@@ -101,6 +71,8 @@ def run(
     sizes = [("train-by-train", count, 0), ("train-by-train", 2 * count, 0), ("train-by-validation", count, count)]
     if all_data:
         sizes += [("train-by-train", pool, 0), ("train-by-validation", pool - pool // 6, pool // 6)]
+    # Forty evaluations resolve the start, where the methods differ most.
+    every = max(1, steps // 40)
     found: list[Result] = []
     for noise in [0.0, 0.2] if label_noise is None else label_noise:
         for seed in range(seeds):
@@ -114,15 +86,16 @@ def run(
                 )
                 data: Literal["train", "val"] = "val" if val else "train"
                 fit(_meta_training(settings, learned, family, data, steps, seed), updates, 1.0, folder)
-                tested = runs(method, learned, family, steps, test_seeds)
+                tested = runs(method, learned, family, steps, test_seeds, every=every)
                 found.append(_result(noise, train, val, seed, tested))
             family = _family(mnist_folder, count, count, noise, seed)
             tuning = range(1000 * seed + 500, 1000 * seed + 500 + test_runs)
-            sgd = _tuned_by_validation(family, steps, tuning, test_seeds)
+            sgd = _tuned_by_validation(family, steps, tuning, test_seeds, every)
             found.append(_result(noise, count, count, seed, sgd))
-            _write(found, folder)
+            write(found, folder)
     if plots:
-        _draw(found, folder / "test_accuracy.png")
+        draw_accuracies(found, folder / "test_accuracy.png")
+        draw_curves(found, folder / "curves.png")
     return found
 
 
@@ -152,34 +125,12 @@ def _meta_training(
     )  # fmt: skip
 
 
-def _tuned_by_validation(family: ImageClassification, steps: int, tuning: range, seeds: range) -> Runs:
-    return tuned("sgd", family, steps, tuning, seeds, lambda found: found.val.mean().item(), exponents=(-6, 1))
+def _tuned_by_validation(family: ImageClassification, steps: int, tuning: range, seeds: range, every: int) -> Runs:
+    return tuned(
+        "sgd", family, steps, tuning, seeds, lambda found: found.val.mean().item(), exponents=(-6, 1), every=every
+    )
 
 
 def _result(noise: float, train: int, val: int, seed: int, found: Runs) -> Result:
     trained, tested, loss = (value.mean().item() for value in (found.train_accuracy, found.test_accuracy, found.test))
-    return Result(noise, found.name, train, val, seed, trained, tested, loss, found.diverged)
-
-
-def _write(found: list[Result], folder: Path) -> None:
-    names = [field.name for field in fields(Result)]
-    with (folder / "results.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(names)
-        writer.writerows([[getattr(row, name) for name in names] for row in found])
-
-
-def _draw(found: list[Result], path: Path) -> None:
-    noises = sorted({row.label_noise for row in found})
-    figure, axes = new_figure(1, len(noises))
-    kinds = list(dict.fromkeys((row.method, row.train_samples, row.val_samples) for row in found))
-    for axis, noise in zip(axes[0], noises, strict=True):
-        for place, (kind, style) in enumerate(zip(kinds, STYLES * (1 + len(kinds) // len(STYLES)), strict=False)):
-            rows = [r for r in found if (r.method, r.train_samples, r.val_samples) == kind and r.label_noise == noise]
-            values = torch.tensor([row.test_accuracy for row in rows])
-            axis.plot([place] * len(rows), values, "o", color=style["color"], alpha=0.5)
-            axis.plot([place], values.mean(), "_", color="black", markersize=18)
-        labels = [f"{method}\n{train}" + (f" + {val}" if val else "") for method, train, val in kinds]
-        axis.set_xticks(range(len(kinds)), labels, fontsize="x-small")
-        axis.set(ylabel="test accuracy", title=f"{noise:.0%} random labels")
-    figure.savefig(path)
+    return Result(noise, found.name, train, val, seed, trained, tested, loss, found.diverged, found.curve)
