@@ -14,9 +14,9 @@ LAYOUT = Layout.of({"a": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.zero
 DECAYS = torch.tensor([0.5, 0.01], dtype=torch.float64)
 
 
-def inputs(tasks=3, units=4, seed=0, dtype=torch.float64):
+def inputs(tasks=3, units=4, seed=0, dtype=torch.float64, layout=LAYOUT):
     generator = torch.Generator().manual_seed(seed)
-    averages, size = len(DECAYS), LAYOUT.size
+    averages, size = len(DECAYS), layout.size
     shapes = [(tasks, size), (tasks, size), (tasks, averages, size), (tasks, averages, size)]
     shapes += [(units, 2 + 4 * averages), (tasks, units), (2, units), (2,)]
     found = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -29,9 +29,7 @@ def portions(request, monkeypatch):
     monkeypatch.setattr(mlp_work, "_AT_ONCE", request.param)
 
 
-@pytest.mark.parametrize("multiplier", [0.0, 0.3])
-def test_step_and_derivative_equal_the_composed_function(portions, multiplier):
-    given, settings = inputs(), (LAYOUT, DECAYS, multiplier)
+def assert_equals_the_composed_function(given, settings):
     found, expected = _Step.apply(*given, settings), plain_step(*given, settings)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
@@ -41,6 +39,25 @@ def test_step_and_derivative_equal_the_composed_function(portions, multiplier):
     # Other orders of summation of the same float64 numbers.
     for one, other in zip(pulled, torch.autograd.grad(expected, given, slopes), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.3])
+def test_step_and_derivative_equal_the_composed_function(portions, multiplier):
+    assert_equals_the_composed_function(inputs(), (LAYOUT, DECAYS, multiplier))
+
+
+# One tensor only, as in a quadratic, is a view of all; one element alone is normalised by itself.
+@pytest.mark.parametrize("shapes", [[(10,)], [(1,)], [()], [(1,), (1,)]], ids=str)
+@pytest.mark.parametrize("kind", ["any", "zero gradient", "zero averages", "all zero", "all equal"])
+def test_step_and_derivative_are_right_for_few_elements_zeros_and_equal_features(shapes, kind):
+    layout = Layout.of({str(place): torch.zeros(shape) for place, shape in enumerate(shapes)})
+    given = [tensor.detach() for tensor in inputs(layout=layout)]
+    zeroed = {"zero gradient": [0], "zero averages": [2, 3], "all zero": [0, 1, 2, 3]}.get(kind, [])
+    for place in zeroed:
+        given[place].zero_()
+    if kind == "all equal":
+        given[:4] = [tensor[..., :1].expand_as(tensor).contiguous() for tensor in given[:4]]
+    assert_equals_the_composed_function([tensor.requires_grad_() for tensor in given], (layout, DECAYS, 1.0))
 
 
 def test_all_derivatives_pass_gradcheck():
