@@ -208,7 +208,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         right.bar(positions, [r["ratio"][0] for r in mine], 0.33, label=name, color=style["color"])
     right.set_xticks(range(len(MODELS)), [name.replace(" small", "\nsmall") for name in MODELS])
     right.axhline(1.0, color="0.6", linewidth=0.8)
-    right.set(ylabel="fit / plain fit", title="A fit, after the search")
+    right.set(ylabel="fit / plain fit", title="A fit, after the search", ylim=(0.0, 1.9))
     right.legend(fontsize=8)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
