@@ -2,7 +2,7 @@
 
 Losses raise a suspicion (:mod:`lightning_l2l.core.divergence`), a comparison of the present weights with the last good
 ones on the same batches decides. On the CPU of a single process losses are looked at in every step; elsewhere that
-would cost a synchronisation each, and they are looked at when a meta-update is due.
+would cost a synchronisation each, and they are looked at every ``every_n_steps`` steps.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class DivergenceGuard:
 
         Args:
             judges: Gives batches to compare the present weights and those of the snapshot by.
-            due: Whether a meta-update is due, so that a synchronisation costs nothing more.
+            due: Whether to look in any case, if that takes a synchronisation.
 
         Returns:
             What was done, in words; nothing if nothing was.

@@ -56,7 +56,7 @@ class MetaGradientSource:
         self._trainer = trainer
         self._module = module
         self._settings = settings
-        self.cadence = cadence
+        self._cadence = cadence
         self._processes = processes
         self._windows = RememberedWindows(settings.unroll_steps + (settings.meta_data == "train"), trainer.world_size)
         self._drawn = 0
@@ -77,7 +77,7 @@ class MetaGradientSource:
         if obstacle or isinstance(applied, LearnedInPlace):
             return None
         reason = "asked for" if asked else f"{scalars(learned)} scalar meta-parameter(s): no step is thrown away"
-        steps = min(self._settings.unroll_steps, self.cadence.interval)
+        steps = min(self._settings.unroll_steps, self._cadence.interval)
         return LiveSteps(self._trainer, self._module, self.look_ahead, self._settings, steps, reason, self._processes)
 
     def rehearse(self) -> None:
@@ -96,14 +96,14 @@ class MetaGradientSource:
     def see_batch(self, batch: Any, batch_index: int) -> None:
         """A training batch begins; keep it, if the next meta-gradient will need it."""
         step = self._trainer.global_step
-        to_go = self.cadence.steps_to_go(step)
+        to_go = self._cadence.steps_to_go(step)
         first = batch_index % self._trainer.accumulate_grad_batches == 0
         if self._live is None:
             wanted = to_go <= self._windows.length
         else:
             self._live.before_batch(to_go, first=first)
             # What is trained on just before the window is what the window is judged by.
-            opens_next = self.cadence.steps_to_go(step + 1) == self._live.steps
+            opens_next = self._cadence.steps_to_go(step + 1) == self._live.steps
             wanted = self._settings.meta_data == "train" and opens_next
         self._wanted = wanted
         if wanted or not self._rehearsed:
@@ -147,7 +147,7 @@ class MetaGradientSource:
     @property
     def is_due(self) -> bool:
         """Whether the optimizer steps that have been taken end with a meta-update."""
-        return self.cadence.is_due(self._trainer.global_step)
+        return self._cadence.is_due(self._trainer.global_step)
 
     def judges(self) -> list[Window]:
         """A few batches to compare two states by; none where a stream of training batches is all there is."""
@@ -194,7 +194,9 @@ class MetaGradientSource:
                 live.judge(self.look_ahead.held_out(self._drawn))
             else:
                 seen = self._windows.last()
-                if self.cadence.steps_to_go(self._trainer.global_step) == live.steps:  # it was kept for the next window
+                if (
+                    self._cadence.steps_to_go(self._trainer.global_step) == live.steps
+                ):  # it was kept for the next window
                     seen = seen[:-1]
                 # The first window of a fit may have no step before it; a resumed process may have lost it.
                 missing = not seen
