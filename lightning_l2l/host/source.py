@@ -194,9 +194,8 @@ class MetaGradientSource:
                 live.judge(self.look_ahead.held_out(self._drawn))
             else:
                 seen = self._windows.last()
-                if (
-                    self._cadence.steps_to_go(self._trainer.global_step) == live.steps
-                ):  # it was kept for the next window
+                # Then the last one seen was kept for the next window.
+                if self._cadence.steps_to_go(self._trainer.global_step) == live.steps:
                     seen = seen[:-1]
                 # The first window of a fit may have no step before it; a resumed process may have lost it.
                 missing = not seen
