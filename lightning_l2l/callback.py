@@ -88,7 +88,7 @@ class LearnToLearn(pl.Callback):
     def __init__(
         self,
         learned: LearnedOptimizer | None = None,
-        unroll_steps: int = 3,
+        unroll_steps: int | None = None,
         every_n_steps: int = 20,
         objective: Objective = "log",
         meta_data: Literal["val", "train"] | Iterable[Any] = "val",
@@ -99,7 +99,7 @@ class LearnToLearn(pl.Callback):
         divergence_guard: bool = True,
         seed: int = 0,
         carry: float = 0.0,
-        interval_growth: float = 0.1,
+        interval_growth: float = 0.03,
     ) -> None:
         """See the class."""
         super().__init__()

@@ -27,8 +27,11 @@ USUAL_STEPS = 20
 _FEWEST_STEPS = 2
 # A search visits about this many candidates to the end of their run.
 _CANDIDATES = 8
-# A loss that falls by less than this fraction of the first may be a dead network's; it ends no search.
-_REAL_IMPROVEMENT = 0.02
+# A loss that falls by less than this fraction of the first may be a dead network's; it ends no search. One that rises
+# by less may be luck.
+_REAL_CHANGE = 0.02
+# Where no run changes the loss for the better by this fraction of it, training starts on a plateau.
+_VISIBLE = 1e-3
 # A candidate this much (of the improvement so far) worse than the best is on the far side of the valley.
 _CLEARLY_WORSE = 0.1
 # Candidates this close (of the improvement so far) to the best are as good; the largest of them is taken.
@@ -163,13 +166,14 @@ def _is_below_the_valley(losses: dict[float, float], start_loss: float | None) -
         return False
     best, last = min(losses.values()), list(losses.values())[-1]
     improvement = start_loss - best
-    return improvement > _REAL_IMPROVEMENT * abs(start_loss) and last - best > _CLEARLY_WORSE * improvement
+    return improvement > _REAL_CHANGE * abs(start_loss) and last - best > _CLEARLY_WORSE * improvement
 
 
 def _best(losses: dict[float, float], start_loss: float | None) -> float | None:
     """The largest rate whose loss is as good as the best: of a plateau of rates that change nothing, the upper end.
 
-    Where every rate so far did harm, the smallest: a good one can only lie below.
+    Where every rate so far did harm, the smallest: a good one can only lie below. Where training starts on a plateau,
+    the largest that does no real harm: differences there are luck, and small rates would never leave it.
     """
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if not finite:
@@ -180,4 +184,6 @@ def _best(losses: dict[float, float], start_loss: float | None) -> float | None:
     slack = max(_AS_GOOD * improvement, 1e-6 * abs(best))
     if start_loss is not None and best > start_loss + slack:
         return min(finite)
+    if start_loss is not None and improvement <= _VISIBLE * abs(start_loss):
+        return max(rate for rate, loss in finite.items() if loss <= start_loss + _REAL_CHANGE * abs(start_loss))
     return max(rate for rate, loss in finite.items() if loss <= best + slack)

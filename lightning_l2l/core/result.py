@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -30,8 +31,8 @@ class Diagnostics:
         notes: Further remarks, e.g. how particles were computed.
         training_gradients: What the last training batch says where the meta-batch says :attr:`MetaGradient.gradients`:
             the derivative of its loss, before its step, with respect to each meta-parameter. It comes for free where a
-            tangent is carried (``"forward"``, ``"live"``, at least two steps); empty elsewhere. For comparing
-            directions: it is the loss's derivative, not the meta-objective's.
+            tangent is carried (``"displacement"``; ``"forward"`` and ``"live"``, at least two steps); empty elsewhere.
+            For comparing directions: it is the loss's derivative, not the meta-objective's.
     """
 
     estimator: str
@@ -55,11 +56,23 @@ class MetaGradient:
         gradients: Derivative for each meta-parameter, by name, in the meta-parameter's shape, dtype and device.
             NaN, never zero, wherever it could not be computed.
         diagnostics: How the unroll went.
+        bounds: For each meta-parameter what the absolute value of its gradient could be at most, given how long the two
+            vectors are that it is the inner product of; only of the estimator ``"displacement"``.
     """
 
     value: float
     gradients: Mapping[str, Tensor]
     diagnostics: Diagnostics
+    bounds: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def relative(self) -> dict[str, Tensor]:
+        """The gradients, divided by their bounds where these are known: cosines then, which no large loss outweighs."""
+        return {
+            name: gradient / torch.where(self.bounds[name] > 0, self.bounds[name], 1.0)
+            if name in self.bounds
+            else gradient
+            for name, gradient in self.gradients.items()
+        }
 
     @property
     def usable(self) -> bool:

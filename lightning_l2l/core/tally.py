@@ -60,6 +60,8 @@ class Tally:
     def inner_losses(self) -> Tensor:
         """The losses recorded so far; 1-d float64."""
         rest = [torch.stack(self._inner_losses)] if self._inner_losses else []
+        if not (self._blocks or rest):
+            return torch.zeros(0, dtype=torch.float64, device=self.meta_losses[0].device if self.meta_losses else None)
         return torch.cat([*self._blocks, *rest])
 
     def restore(self, inner_losses: Tensor, meta_losses: list[Tensor], value: Tensor) -> None:

@@ -35,7 +35,7 @@ class WindowIncompleteError(Exception):
 
 
 # Tangents up to this many bytes go into checkpoints, so that a run resumes exactly within a window.
-_LARGEST_SAVED = 64 * 2**20
+LARGEST_SAVED = 64 * 2**20
 
 
 def live_obstacle(
@@ -252,7 +252,7 @@ class LiveSteps:
             state["carried"] = [{"tensors": list(t.tensors), "exponent": t.exponent} for t in self._carried]
         tangents = state.get("carried", []) + state.get("unroll", {}).get("tangents", [])
         size = sum(tensor.numel() * tensor.element_size() for tangent in tangents for tensor in tangent["tensors"])
-        return state if size <= _LARGEST_SAVED else {}
+        return state if size <= LARGEST_SAVED else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, if it was saved for the same parameters."""

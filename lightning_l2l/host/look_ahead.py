@@ -137,6 +137,8 @@ class LookAhead:
         parameters, buffers = owned_tensors(self._module, self._optimizer)
         learned, state = self._applied.unrolled()
         step = self._trainer.global_step
+        estimator = self._settings.estimator
+        assert estimator != "displacement", "it does not look ahead"
         # Of all processes together, unlike everything else that is drawn.
         particles = Particles(seed=self._settings.seed + step)
 
@@ -150,7 +152,7 @@ class LookAhead:
                     judge,
                     objective=self._settings.objective,
                     # Live steps are rehearsed, and stood in for, by the one that gives the same numbers.
-                    estimator="forward" if self._settings.estimator == "live" else self._settings.estimator,
+                    estimator="forward" if estimator == "live" else estimator,
                     state=state,
                     buffers=buffers,
                     gradient_transformation=self._clipping(),

@@ -134,7 +134,8 @@ def as_record(
             "truncated_step": found.truncated_step,
         }
     # A look-ahead has its training batches from the run, which has just been trained on them: they are partial.
-    fair = result is not None and settings.meta_data != "train" and result.diagnostics.estimator == "live"
+    along = result is not None and result.diagnostics.estimator in ("displacement", "live")
+    fair = along and settings.meta_data != "train"
     training = result.diagnostics.training_gradients if fair and result is not None else {}
     record = {
         "step": update.step,

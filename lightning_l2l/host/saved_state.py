@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 _KEYS = {
     "learned": dict,
     "meta_optimizer": dict,

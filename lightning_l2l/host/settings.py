@@ -15,8 +15,10 @@ from lightning_l2l.core.meta_gradient import Estimator, check_estimator
 from lightning_l2l.core.objectives import Objective, check_objective
 from lightning_l2l.optimizers import LearnedOptimizer
 
-# The estimators of one unroll, and the one that unrolls nothing.
-HostEstimator = Estimator | Literal["live"]
+# The estimators of one unroll, and those that unroll nothing.
+HostEstimator = Estimator | Literal["displacement", "live"]
+# What unroll_steps=None is for all estimators but "displacement", whose memory is longer.
+USUAL_UNROLL = 3
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Settings:
         ValueError: An argument out of range.
     """
 
-    unroll_steps: int
+    unroll_steps: int | None
     every_n_steps: int
     objective: Objective
     meta_data: Any
@@ -44,7 +46,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Check every argument, and make plain Python numbers of numpy's."""
         for name in ("unroll_steps", "every_n_steps"):
-            if _whole_number(self, name) < 1:
+            if (name, getattr(self, name)) != ("unroll_steps", None) and _whole_number(self, name) < 1:
                 raise ValueError(f"LearnToLearn({name}={getattr(self, name)}) must be at least 1.")
         if not 0 <= _whole_number(self, "seed") < 2**32:
             raise ValueError(f"LearnToLearn(seed={self.seed}) must be in [0, 2**32), as numpy wants it.")
@@ -52,7 +54,7 @@ class Settings:
             if not isinstance(getattr(self, name), str):
                 raise _wrong_type(self, name, "a name (a string)")
         check_objective(self.objective)
-        if self.estimator != "live":
+        if self.estimator not in ("displacement", "live"):
             check_estimator(self.estimator)
         if isinstance(self.meta_data, str) and self.meta_data not in ("val", "train"):
             raise ValueError(f"LearnToLearn(meta_data={self.meta_data!r}) must be 'val', 'train' or a loader.")
@@ -88,6 +90,11 @@ class Settings:
         for name in ("initial_search", "divergence_guard"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong_type(self, name, "True or False")
+
+    @property
+    def unrolled(self) -> int:
+        """How many steps an unroll has."""
+        return self.unroll_steps or USUAL_UNROLL
 
 
 def check_learned(learned: object) -> None:

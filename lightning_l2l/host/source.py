@@ -1,4 +1,4 @@
-"""Where the run's meta-gradients come from: live, or by looking ahead, and the batches that either needs."""
+"""Where the run's meta-gradients come from: its own steps, or a look ahead, and the batches that either needs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning_l2l.core.processes import Processes
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.cadence import Cadence
+from lightning_l2l.host.displacement import DisplacementSteps, displacement_obstacle
 from lightning_l2l.host.guarded import HELD_OUT_DATA, is_only_held_out, with_note
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.live import LiveSteps, live_obstacle, prefers_live
@@ -39,8 +40,8 @@ class MetaGradientSource:
         processes: The other processes of the run.
 
     Raises:
-        MisconfigurationException: There is no held-out data, or the estimator ``"live"`` was asked for and cannot be
-            used.
+        MisconfigurationException: There is no held-out data, or the estimator ``"displacement"`` or ``"live"`` was
+            asked for and cannot be used.
     """
 
     def __init__(
@@ -58,37 +59,57 @@ class MetaGradientSource:
         self._settings = settings
         self._cadence = cadence
         self._processes = processes
-        self._windows = RememberedWindows(settings.unroll_steps + (settings.meta_data == "train"), trainer.world_size)
+        self._windows = RememberedWindows(settings.unrolled + (settings.meta_data == "train"), trainer.world_size)
         self._drawn = 0
         self._rehearsed = self._wanted = self._tried = False
         self.look_ahead = LookAhead(trainer, module, learned, applied, settings, processes)
-        self._live = self._live_steps(learned, applied)
+        self._along = self._along_training(learned, applied)
 
-    def _live_steps(self, learned: LearnedOptimizer, applied: AppliedValues | LearnedInPlace) -> LiveSteps | None:
-        asked = self._settings.estimator == "live"
-        if not asked and (self._settings.estimator != "auto" or not prefers_live(learned)):
-            return None
-        obstacle = live_obstacle(self._trainer, self._module, learned, applied)
-        if obstacle and asked:
-            raise MisconfigurationException(
-                f"LearnToLearn(estimator='live') cannot be used here: {obstacle}. Use estimator='auto', which looks "
-                "ahead on a copy instead."
+    def _along_training(
+        self, learned: LearnedOptimizer, applied: AppliedValues | LearnedInPlace
+    ) -> DisplacementSteps | LiveSteps | None:
+        """What follows the run's own steps; ``None`` to look ahead."""
+        asked, by_itself = self._settings.estimator, self._settings.estimator == "auto"
+        if asked == "displacement" or by_itself:
+            obstacle = displacement_obstacle(learned, applied, self._settings)
+            if not obstacle:
+                reason = "only learning rates are learned" if by_itself else "asked for"
+                return DisplacementSteps(
+                    self._trainer, self._module, self.look_ahead, learned, self._settings, reason, self._processes
+                )
+            if not by_itself:
+                raise _cannot(asked, obstacle, "chooses another one")
+        if asked == "live" or (by_itself and prefers_live(learned)):
+            obstacle = live_obstacle(self._trainer, self._module, learned, applied)
+            if obstacle and not by_itself:
+                raise _cannot(asked, obstacle, "looks ahead on a copy instead")
+            if obstacle or isinstance(applied, LearnedInPlace):
+                return None
+            reason = f"{scalars(learned)} scalar meta-parameter(s): no step is thrown away"
+            steps = min(self._settings.unrolled, self._cadence.interval)
+            return LiveSteps(
+                self._trainer,
+                self._module,
+                self.look_ahead,
+                self._settings,
+                steps,
+                reason if by_itself else "asked for",
+                self._processes,
             )
-        if obstacle or isinstance(applied, LearnedInPlace):
-            return None
-        reason = "asked for" if asked else f"{scalars(learned)} scalar meta-parameter(s): no step is thrown away"
-        steps = min(self._settings.unroll_steps, self._cadence.interval)
-        return LiveSteps(self._trainer, self._module, self.look_ahead, self._settings, steps, reason, self._processes)
+        return None
 
     def rehearse(self) -> None:
-        """A look-ahead on the first batch, before the first real step, so that what fails fails now.
+        """What a meta-update does, on the first batch, before the first real step, so that what fails fails now.
 
-        Two steps, since only the second one needs the second derivative.
+        A look-ahead of two steps, since only the second one needs the second derivative.
         """
         if not self._rehearsed:
             window = self._windows.unfinished()
             judge = window if self._settings.meta_data == "train" else self.look_ahead.held_out(self._drawn)
-            self.look_ahead.meta_gradient([window, window], judge)
+            if isinstance(self._along, DisplacementSteps):
+                self._along.rehearse(judge)
+            else:
+                self.look_ahead.meta_gradient([window, window], judge)
             self._rehearsed = True
             if not self._wanted:
                 self._windows.skip()
@@ -98,12 +119,12 @@ class MetaGradientSource:
         step = self._trainer.global_step
         to_go = self._cadence.steps_to_go(step)
         first = batch_index % self._trainer.accumulate_grad_batches == 0
-        if self._live is None:
+        if self._along is None:
             wanted = to_go <= self._windows.length
         else:
-            self._live.before_batch(to_go, first=first)
+            self._along.before_batch(to_go, first=first)
             # What is trained on just before the window is what the window is judged by.
-            opens_next = self._cadence.steps_to_go(step + 1) == self._live.steps
+            opens_next = self._cadence.steps_to_go(step + 1) == self._along.steps
             wanted = self._settings.meta_data == "train" and opens_next
         self._wanted = wanted
         if wanted or not self._rehearsed:
@@ -119,30 +140,30 @@ class MetaGradientSource:
         Raises:
             RuntimeError: The estimator ``"live"`` was asked for, and an operation has no second derivative.
         """
-        if self._live is None:
+        if self._along is None:
             return
         if not self._tried:
             self._tried = True
-            missing = self._live.trial(loss)
+            missing = self._along.trial(loss)
             if missing is not None and self._settings.estimator == "live":
                 raise RuntimeError(
                     f"LearnToLearn(estimator='live') differentiates the training's own graph twice, and {missing} "
                     "cannot be. Use estimator='auto', which looks ahead on a copy, with other kernels."
                 )
             if missing is not None:
-                self._live = None  # look ahead instead
+                self._along = None  # look ahead instead
                 return
-        self._live.see_loss(loss)
+        self._along.see_loss(loss)
 
     def before_step(self) -> None:
         """The optimizer is about to step; its gradients are not clipped yet."""
-        if self._live is not None:
-            self._live.before_step()
+        if self._along is not None:
+            self._along.before_step()
 
     def after_step(self) -> None:
         """The optimizer has stepped."""
-        if self._live is not None:
-            self._live.after_step()
+        if self._along is not None:
+            self._along.after_step()
 
     @property
     def is_due(self) -> bool:
@@ -156,8 +177,8 @@ class MetaGradientSource:
     def abandon(self) -> None:
         """The training goes on from somewhere else than where its last step led."""
         self._windows.close(self._trainer.accumulate_grad_batches)
-        if self._live is not None:
-            self._live.drop(tangents=True)
+        if self._along is not None:
+            self._along.drop(tangents=True)
 
     def finish_step(self) -> MetaGradient | None:
         """A training step is over, schedulers included.
@@ -171,8 +192,8 @@ class MetaGradientSource:
             NegativeLossError: The objective takes the logarithm of a negative loss.
         """
         self._windows.close(self._trainer.accumulate_grad_batches)
-        if self._live is not None:
-            return self._live_meta_gradient(self._live, self.is_due)
+        if self._along is not None:
+            return self._along_meta_gradient(self._along, self.is_due)
         if not self.is_due:
             return None
         # Not every process may have as many, for example after a resume.
@@ -188,25 +209,25 @@ class MetaGradientSource:
             self._drawn += 1
         return self.look_ahead.meta_gradient(windows, judge)
 
-    def _live_meta_gradient(self, live: LiveSteps, is_time: bool) -> MetaGradient | None:
-        if live.needs_judge():
+    def _along_meta_gradient(self, along: DisplacementSteps | LiveSteps, is_time: bool) -> MetaGradient | None:
+        if along.needs_judge():
             if self._settings.meta_data != "train":
-                live.judge(self.look_ahead.held_out(self._drawn))
+                along.judge(self.look_ahead.held_out(self._drawn))
             else:
                 seen = self._windows.last()
                 # Then the last one seen was kept for the next window.
-                if self._cadence.steps_to_go(self._trainer.global_step) == live.steps:
+                if self._cadence.steps_to_go(self._trainer.global_step) == along.steps:
                     seen = seen[:-1]
                 # The first window of a fit may have no step before it; a resumed process may have lost it.
                 missing = not seen
                 if missing if self._processes is None else self._processes.any(missing):
-                    live.drop()
+                    along.drop()
                 else:
-                    live.judge(joined(seen[-1:]))
+                    along.judge(joined(seen[-1:]))
         if not is_time:
             return None
         self._drawn += 1
-        result = live.result()
+        result = along.result()
         # The run itself was judged, and its training losses are finite.
         return self.look_ahead.agreed(with_note(result, HELD_OUT_DATA) if is_only_held_out(result) else result)
 
@@ -221,9 +242,9 @@ class MetaGradientSource:
         windows[self._trainer.global_rank] = own
         if from_all and self._processes is not None:
             windows = self._processes.gather(apply_to_collection(own, Tensor, lambda tensor: tensor.cpu()))
-        # A live window is the same on all of them.
-        live = {} if self._live is None else self._live.state_dict()
-        return {"windows": windows, "drawn": self._drawn, "live": live}
+        # What follows the training is the same on all of them.
+        along = {} if self._along is None else self._along.state_dict()
+        return {"windows": windows, "drawn": self._drawn, "along": along}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
@@ -232,5 +253,11 @@ class MetaGradientSource:
         own = state["windows"][self._trainer.global_rank] if alike else None
         self._windows.load_state_dict(own or {}, self._module.device)
         self._drawn = state["drawn"]
-        if self._live is not None:
-            self._live.load_state_dict(state["live"])
+        if self._along is not None:
+            self._along.load_state_dict(state["along"])
+
+
+def _cannot(estimator: str, obstacle: str, instead: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"LearnToLearn(estimator={estimator!r}) cannot be used here: {obstacle}. Use estimator='auto', which {instead}."
+    )

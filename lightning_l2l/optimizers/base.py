@@ -87,6 +87,18 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
         """
         return None
 
+    def rate_places(self) -> dict[str, int] | None:
+        """Where nothing but a factor ``exp(offset)`` on learning rates is learned: whose rate is which offset's.
+
+        Such a learned optimizer can be asked by the displacement of the parameters alone
+        (:mod:`lightning_l2l.core.estimators.displacement`).
+
+        Returns:
+            For each parameter's name the index of its offset in ``"learning_rate"``, the only meta-parameter; ``None``,
+            which is always right, where more is learned, or steps are not proportional to the rate.
+        """
+        return None
+
     @property
     def scale_equivariant(self) -> bool:
         """Whether (parameters, gradients, state) times c give updates and new state times c, as for plain SGD.

@@ -160,6 +160,16 @@ class LearnedHyperparameters(LearnedOptimizer):
         """Whether the attached optimizer is (SGD)."""
         return self._attached().scale_equivariant
 
+    def rate_places(self) -> dict[str, int] | None:
+        """The offsets of ``"learning_rate"`` if that alone is learned, and the attached optimizer's steps are so."""
+        inner = self._attached()
+        if list(self._learned) != ["learning_rate"] or not inner.rule.proportional_to_rate:
+            return None
+        named = [(name, index) for index, group in enumerate(inner.groups) for name in group.names or ()]
+        if self.per == "tensor":
+            return {name: place for place, (name, _) in enumerate(named)}
+        return {name: index if self.per == "group" else 0 for name, index in named}
+
     def scaled_rate(self, factor: float) -> dict[str, Tensor] | None:
         """The offset of ``"learning_rate"``, moved by ``log(factor)``; ``None`` if that is not learned."""
         if "learning_rate" not in self._learned:

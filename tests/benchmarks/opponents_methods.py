@@ -99,13 +99,13 @@ def fit(run: Run, *callbacks: pl.Callback) -> Outcome:
 
 
 def learn_to_learn(run: Run, arguments: dict[str, Any]) -> Outcome:
-    """Steps: the fit's, the search's, and of every meta-update two or three for each unrolled one, one for the rest."""
+    """Steps: the fit's, the search's, and of every meta-update one, and two or three for each unrolled one."""
     callback = LearnToLearn(**arguments)
     outcome = fit(run, callback)
     steps = outcome.steps + (callback.search_result.steps if callback.search_result else 0)
     for record in callback.history:
-        live = record["diagnostics"].get("estimator", "live") == "live"
-        steps += (2 if live else 3) * callback.settings.unroll_steps + 1
+        estimator = record["diagnostics"].get("estimator", "displacement")
+        steps += {"displacement": 0, "live": 2}.get(estimator, 3) * callback.settings.unrolled + 1
     return replace(outcome, steps=steps)
 
 

@@ -4,12 +4,13 @@ Those that look at one unroll have the same signature,
 ``estimate(step, start, batches, meta_batch, objective, reason) -> (MetaGradient, Iterate)``, the iterate being the one
 that the unroll arrived at; ``es`` and ``mixed`` take their particles as one more argument. ``pes`` and ``es_single``
 look at one window of a longer training and carry particles to the next; they are driven by
-:class:`~lightning_l2l.core.windows.WindowEstimator`, which swaps all of them by name. ``LiveUnroll`` unrolls
-nothing: the steps are the training's own, and the training drives it.
+:class:`~lightning_l2l.core.windows.WindowEstimator`, which swaps all of them by name. ``Displacement`` and
+``LiveUnroll`` unroll nothing: the steps are the training's own, and the training drives them.
 """
 
 from __future__ import annotations
 
+from lightning_l2l.core.estimators.displacement import Displacement, displacement
 from lightning_l2l.core.estimators.es import es
 from lightning_l2l.core.estimators.es_single import es_single
 from lightning_l2l.core.estimators.forward import forward
@@ -21,4 +22,17 @@ from lightning_l2l.core.estimators.reverse import reverse
 from lightning_l2l.core.estimators.segmented import segmented
 from lightning_l2l.core.estimators.truncated import truncated
 
-__all__ = ["LiveUnroll", "Particles", "es", "es_single", "forward", "mixed", "pes", "reverse", "segmented", "truncated"]
+__all__ = [
+    "Displacement",
+    "LiveUnroll",
+    "Particles",
+    "displacement",
+    "es",
+    "es_single",
+    "forward",
+    "mixed",
+    "pes",
+    "reverse",
+    "segmented",
+    "truncated",
+]

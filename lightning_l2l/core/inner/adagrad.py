@@ -46,4 +46,5 @@ ADAGRAD = Rule(
     learnable=("lr", "lr_decay", "eps", "weight_decay"),
     elementwise=True,
     dual_numbers=True,
+    proportional_to_rate=True,
 )

@@ -64,6 +64,7 @@ ADAM = Rule(
     learnable=("lr", "beta1", "beta2", "eps", "weight_decay"),
     elementwise=True,
     dual_numbers=True,
+    proportional_to_rate=True,
 )
 
 # Before torch 2.7 AdamW's groups do not say that their decay is decoupled; the class does.

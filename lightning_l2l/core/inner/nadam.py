@@ -74,4 +74,5 @@ NADAM = Rule(
     learnable=("lr", "beta1", "beta2", "eps", "weight_decay"),
     elementwise=True,
     dual_numbers=True,
+    proportional_to_rate=True,
 )

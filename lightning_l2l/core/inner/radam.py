@@ -83,4 +83,5 @@ RADAM = Rule(
     learnable=("lr", "beta1", "beta2", "eps", "weight_decay"),
     elementwise=True,
     dual_numbers=True,
+    proportional_to_rate=True,
 )

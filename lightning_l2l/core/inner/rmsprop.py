@@ -56,4 +56,5 @@ RMSPROP = Rule(
     learnable=("lr", "alpha", "eps", "weight_decay", "momentum"),
     elementwise=True,
     dual_numbers=True,
+    proportional_to_rate=True,
 )

@@ -53,6 +53,8 @@ class Rule:
             right, and slower on many small tensors.
         dual_numbers: ``update`` consists of operations that :class:`~lightning_l2l.core.inner.dual.Dual` has, and
             asks :func:`is_tensor` instead of ``isinstance``. Makes forward mode faster; ``False`` is always right.
+        proportional_to_rate: ``delta`` is the learning rate times something that does not depend on it, and neither
+            does the new state. ``False`` is always right, and costs a Hessian-vector product in each step.
         scale_equivariant: Tells from the hyperparameters whether ``delta`` and ``new_state`` are homogeneous
             of degree one in (parameter, gradient, state): all three times c give both times c. True for SGD.
 
@@ -70,6 +72,7 @@ class Rule:
     learnable: tuple[str, ...] = ("lr",)
     elementwise: bool = False
     dual_numbers: bool = False
+    proportional_to_rate: bool = False
     scale_equivariant: Callable[[Hyperparameters], bool] = never
 
 

@@ -49,6 +49,7 @@ SGD = Rule(
     learnable=("lr", "momentum", "dampening", "weight_decay"),
     elementwise=True,
     dual_numbers=True,
+    proportional_to_rate=True,
     # Linear in all three, whatever the hyperparameters.
     scale_equivariant=always,
 )

@@ -1,0 +1,253 @@
+"""The displacement estimator in a Lightning run: which hooks tell it what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_l2l.core.estimators import Displacement, displacement
+from lightning_l2l.core.estimators.displacement import only_last, slopes
+from lightning_l2l.core.inner_step import Iterate
+from lightning_l2l.core.processes import Processes
+from lightning_l2l.core.result import MetaGradient
+from lightning_l2l.host.applied import AppliedValues
+from lightning_l2l.host.guarded import StepRefusedError, unless_diverged
+from lightning_l2l.host.in_place import LearnedInPlace
+from lightning_l2l.host.isolation import invisible
+from lightning_l2l.host.live import LARGEST_SAVED, WindowIncompleteError
+from lightning_l2l.host.look_ahead import LookAhead
+from lightning_l2l.host.settings import Settings
+from lightning_l2l.host.trainer import live_optimizer, loss_scale
+from lightning_l2l.host.training_step import Window, owned_tensors
+from lightning_l2l.optimizers import LearnedOptimizer
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+# Measured on the four tasks that defaults are chosen by (docs, "benchmarks"): 50 is worse, 200 no better.
+USUAL_MEMORY = 100
+
+
+def displacement_obstacle(
+    learned: LearnedOptimizer, applied: AppliedValues | LearnedInPlace, settings: Settings
+) -> str:
+    """Why the displacement of the parameters does not say what is asked; ``""`` if it does.
+
+    Args:
+        learned: The learned optimizer, attached.
+        applied: What it makes of the live optimizer's values.
+        settings: What the user asked for.
+    """
+    if isinstance(applied, LearnedInPlace) or learned.rate_places() is None:
+        return (
+            f"{type(learned).__name__} learns something else than factors on the learning rates, or the optimizer's "
+            "steps are not known to be proportional to its rate"
+        )
+    if not only_last(settings.objective):
+        return f"objective={settings.objective!r} counts losses on the way, and a displacement knows only the last"
+    return ""
+
+
+class DisplacementSteps:
+    """Watches where the parameters go; at a meta-update, asks whether that was uphill.
+
+    Held-out data are judged where the run is after its step, on copies of its buffers. Training data (``meta_data=
+    "train"``) need no evaluation: the gradient that the step is about to use, of a batch that has not been trained on
+    since the last epoch, says it before the step.
+
+    Args:
+        trainer: The Trainer.
+        module: The user's LightningModule.
+        look_ahead: What knows the user's step and the held-out data.
+        learned: The learned optimizer, attached.
+        settings: What the user asked for.
+        reason: Why this estimator was chosen.
+        processes: The other processes of the run.
+    """
+
+    steps = 0  # it needs none of the run's batches
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        look_ahead: LookAhead,
+        learned: LearnedOptimizer,
+        settings: Settings,
+        reason: str,
+        processes: Processes | None = None,
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._look_ahead = look_ahead
+        self._learned = learned
+        self._settings = settings
+        self._memory = settings.unroll_steps or USUAL_MEMORY
+        self._reason = reason
+        self._processes = processes
+        self._way: Displacement | None = None
+        self._is_due = False
+        self._offsets: Tensor | None = None  # by which the way until now was made
+        self._drop_judgement()
+
+    def _drop_judgement(self) -> None:
+        self._loss: Tensor | None = None
+        self._training: tuple[Tensor, Tensor] | None = None
+        self._result: MetaGradient | None = None
+
+    def _owned(self) -> dict[str, Tensor]:
+        return owned_tensors(self._module, live_optimizer(self._trainer))[0]
+
+    def _follow(self) -> Displacement:
+        """The displacement since the start, or since layers were frozen or thawed."""
+        parameters = self._owned()
+        if self._way is None or self._way.names != list(parameters):
+            self._way = Displacement(parameters, self._memory)
+        return self._way
+
+    def before_batch(self, steps_to_go: int, *, first: bool) -> None:
+        """A training batch begins.
+
+        Args:
+            steps_to_go: Optimizer steps until the meta-update, this one included.
+            first: Whether an optimizer step begins with it.
+        """
+        if self._way is None:
+            self._follow()
+        if first:
+            self._take_over_rates()
+            self._is_due = steps_to_go == 1
+            self._drop_judgement()
+
+    def _take_over_rates(self) -> None:
+        """After a meta-update: rescale the way so far."""
+        before, now = self._offsets, self._like
+        if before is not None and before.shape == now.shape:
+            factors = (now - before).exp().tolist()
+            self._follow().rescale(self._owned(), {name: factors[place] for name, place in self._places.items()})
+        self._offsets = None
+
+    def trial(self, loss: Tensor) -> str | None:
+        """There is nothing to try: one derivative is what the training itself takes."""
+        return None
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Lightning is about to go backward from this loss."""
+        if self._is_due:
+            part = loss.detach().double() / loss_scale(self._trainer)
+            self._loss = part if self._loss is None else self._loss + part
+
+    def before_step(self) -> None:
+        """The gradients are there, not clipped yet, and the optimizer is about to step."""
+        if not self._is_due:
+            return
+        loss = self._loss
+        if loss is None if self._processes is None else self._processes.any(loss is None):
+            return  # the step returned None
+        assert loss is not None
+        (loss,) = self._look_ahead.inner_step().average(lambda: [loss], [loss])
+        assert loss is not None
+        parameters = self._owned()
+        gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        displaced, places = self._follow().of(parameters), self._places
+        self._training = loss, slopes(gradients, displaced, places, self._like)
+        if self._settings.meta_data == "train":
+            self._result = self._meta_gradient(loss, gradients, displaced)
+
+    @property
+    def _places(self) -> dict[str, int]:
+        places = self._learned.rate_places()
+        assert places is not None
+        return places
+
+    @property
+    def _like(self) -> Tensor:
+        return self._learned.get_parameter("learning_rate").detach()
+
+    def _meta_gradient(
+        self, loss: Tensor, gradients: dict[str, Tensor | None], displaced: dict[str, Tensor]
+    ) -> MetaGradient:
+        return displacement(
+            loss,
+            gradients,
+            displaced,
+            self._places,
+            self._like,
+            self._settings.objective,
+            self._memory,
+            self._reason,
+            self._training,
+        )
+
+    def after_step(self) -> None:
+        """The optimizer has stepped."""
+        self._follow().see(self._owned())
+
+    def needs_judge(self) -> bool:
+        """Whether held-out data have to judge the state after this step."""
+        return self._is_due and self._settings.meta_data != "train"
+
+    def judge(self, judge: Window) -> None:
+        """Evaluate the meta-loss where the run is now, on copies of its buffers."""
+        parameters, buffers = owned_tensors(self._module, live_optimizer(self._trainer))
+
+        def evaluate() -> MetaGradient:
+            with invisible(self._trainer, self._module, self._look_ahead.seed + self._trainer.global_step):
+                loss, found = self._look_ahead.inner_step().judge(Iterate(parameters, {}, buffers), judge)
+            return self._meta_gradient(loss, dict(zip(parameters, found, strict=True)), self._follow().of(parameters))
+
+        try:
+            self._result = unless_diverged(evaluate, self._processes)
+        except StepRefusedError:
+            self._result = None  # the run goes on: what it would not train on, it is not judged by
+
+    def rehearse(self, judge: Window) -> None:
+        """Have this batch judge the start, so that what fails fails before the first step.
+
+        Raises:
+            NegativeLossError: The objective takes the logarithm of a negative loss.
+        """
+        self.judge(judge)
+        self._drop_judgement()
+
+    def drop(self, *, tangents: bool = False) -> None:
+        """There is nothing to judge by.
+
+        Args:
+            tangents: The training goes on from somewhere else, too.
+        """
+        self._drop_judgement()
+        if tangents:
+            self._way = self._offsets = None
+
+    def result(self) -> MetaGradient:
+        """The meta-gradient.
+
+        Raises:
+            WindowIncompleteError: There is none.
+        """
+        result, self._offsets = self._result, self._like.clone()
+        self._drop_judgement()
+        if result is None:
+            raise WindowIncompleteError(
+                "training_step returned or raised nothing that could be judged: no meta-gradient, the rate was kept."
+            )
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average of past parameters; nothing if it is too large to save."""
+        if self._way is None:
+            return {}
+        state = self._way.state_dict()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state["average"].values())
+        if size > LARGEST_SAVED:
+            return {}
+        offsets = {} if self._offsets is None else {"offsets": self._offsets}
+        return {"names": self._way.names, **state, **offsets}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state, if it was saved for the same parameters; else the displacement begins anew."""
+        if state.get("names") == list(self._owned()):
+            self._follow().load_state_dict(state)
+            self._offsets = state.get("offsets")
