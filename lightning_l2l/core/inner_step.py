@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import optree
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.core.inner.rule import is_tensor
+from lightning_l2l.core.packing import Packing
 from lightning_l2l.core.processes import Processes
 from lightning_l2l.optimizers.base import LearnedOptimizer
 
@@ -50,14 +52,44 @@ class Iterate:
     """Where the inner training stands.
 
     Attributes:
-        parameters: What the inner optimizer moves, by name.
+        parameters: What the inner optimizer moves, by name; if packed, one vector for each pack.
         state: The inner optimizer's state, any tree of tensors and numbers.
         buffers: Everything else that the loss reads by name; what the loss writes in place lands here.
+        packing: Which parameters lie end to end; ``None`` for each on its own.
     """
 
     parameters: Tensors
     state: Any
     buffers: Tensors
+    packing: Packing | None = None
+
+    @cached_property
+    def named(self) -> Tensors:
+        """The parameters as the loss knows them; if packed, views."""
+        return self.parameters if self.packing is None else self.packing.pieces(self.parameters)
+
+    def packed(self, learned: LearnedOptimizer) -> Iterate:
+        """The same iterate with those parameters end to end that a learned optimizer treats alike; detached."""
+        packing = Packing.of(self.parameters, self.state, learned.treated_alike(list(self.parameters)))
+        if packing is None:
+            return self
+        with torch.no_grad():
+            return Iterate(packing.packed(self.parameters), packing.packed_state(self.state), self.buffers, packing)
+
+    def unpacked(self) -> Iterate:
+        """The same iterate with each parameter on its own, as a view; differentiable."""
+        if self.packing is None:
+            return self
+        return Iterate(self.named, self.packing.state_by_name(self.state), self.buffers)
+
+    def gathered(self, gradients: Mapping[str, Tensor | None]) -> tuple[Iterate, dict[str, Tensor | None]]:
+        """Gradients that were taken by :attr:`named`, for each of :attr:`parameters`.
+
+        A parameter without a gradient stays where it is, its state too. If it lies in a pack with others that have one,
+        the iterate comes back unpacked.
+        """
+        gathered = dict(gradients) if self.packing is None else self.packing.gathered(gradients)
+        return (self.unpacked(), dict(gradients)) if gathered is None else (self, gathered)
 
     def leaves(self) -> list[Tensor]:
         """The tensors a derivative flows through: the parameters, then the floating-point state."""
@@ -71,7 +103,7 @@ class Iterate:
         flat, structure = optree.tree_flatten(self.state)
         rest = iter(leaves[count:])
         state = [next(rest) if _carries_derivative(leaf) else leaf for leaf in flat]
-        return Iterate(parameters, optree.tree_unflatten(structure, state), self.buffers)
+        return replace(self, parameters=parameters, state=optree.tree_unflatten(structure, state))
 
     def fresh(self) -> Iterate:
         """The same iterate as leaves that require a gradient, without history, and with its own buffers."""
@@ -113,6 +145,10 @@ class InnerStep:
         iterate = Iterate(own, state, dict(buffers))
         return iterate.with_leaves([leaf.detach().clone() for leaf in iterate.leaves()]).fresh()
 
+    def packed(self, start: Iterate) -> Iterate:
+        """The iterate packed, where nothing in a step looks at single tensors (a clipping takes their norms)."""
+        return start if self.gradient_transformation is not None else start.packed(self.learned)
+
     def evaluate(self, iterate: Iterate, batch: Any) -> Tensor:
         """The loss at an iterate, as a mean over the processes.
 
@@ -139,7 +175,7 @@ class InnerStep:
             TypeError: The loss is not a tensor of one floating-point number.
         """
         with twice_differentiable():
-            value = self.loss({**iterate.parameters, **iterate.buffers}, batch)
+            value = self.loss({**iterate.named, **iterate.buffers}, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             found = (
                 f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
@@ -153,7 +189,7 @@ class InnerStep:
         return value.reshape(())
 
     def gradients(self, value: Tensor, iterate: Iterate, *, create_graph: bool) -> dict[str, Tensor | None]:
-        """Gradient of a loss for each parameter; ``None`` for those it does not depend on.
+        """Gradient of a loss for each parameter (by :attr:`Iterate.named`); ``None`` for those it does not depend on.
 
         A mean over the processes. Its graph (``create_graph``) is that of this process's own gradients, so what is
         pulled back through it has to be averaged: :meth:`average`.
@@ -161,7 +197,7 @@ class InnerStep:
         Raises:
             ValueError: The loss depends on none of the parameters.
         """
-        names, parameters = list(iterate.parameters), list(iterate.parameters.values())
+        names, parameters = list(iterate.named), list(iterate.named.values())
         if self.processes is None:
             found = self._gradients_here(value, parameters, create_graph)
         else:
@@ -188,15 +224,16 @@ class InnerStep:
         return found
 
     def judge(self, iterate: Iterate, batch: Any) -> tuple[Tensor, list[Tensor]]:
-        """The meta-loss at an iterate and its gradient for each parameter; the iterate stays as it is."""
+        """The meta-loss at an iterate and its gradient for each of its parameters; the iterate stays as it is."""
         place = iterate.fresh()
         value = self.evaluate(place, batch)
         gradients = self.gradients(value, place, create_graph=False)
-        filled = [
-            torch.zeros_like(iterate.parameters[name]) if gradient is None else gradient
+        filled = {
+            name: torch.zeros_like(place.named[name]) if gradient is None else gradient
             for name, gradient in gradients.items()
-        ]
-        return value.detach(), filled
+        }
+        packed = filled if iterate.packing is None else iterate.packing.packed(filled)
+        return value.detach(), list(packed.values())
 
     def update(
         self,

@@ -92,7 +92,7 @@ def _by_dual_numbers(
     if found is None:
         return None
     parameters, state = found
-    following = Iterate(parameters, state, iterate.buffers)
+    following = replace(iterate, parameters=parameters, state=state)
     duals = following.leaves()
     values = [_value(dual) for dual in duals]
     tangents = [[_tangent(dual, index) for dual in duals] for index in range(len(movements))]

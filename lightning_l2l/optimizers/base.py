@@ -124,6 +124,17 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
         """
         return False
 
+    def treated_alike(self, names: Sequence[str]) -> list[list[str]]:
+        """Parameters that one vector may stand for: their tensors end to end, under the first name.
+
+        An unroll over many small tensors is faster then. Only for a transformation that works element by element and
+        whose state is a dictionary by name of dictionaries; the default, each on its own, is always right.
+
+        Args:
+            names: All parameters.
+        """
+        return [[name] for name in names]
+
     def values(self) -> list[dict[str, Any]]:
         """Hyperparameters to write into the live optimizer's groups; none, unless the subclass learns some."""
         return []

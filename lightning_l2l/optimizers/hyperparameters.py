@@ -186,6 +186,15 @@ class LearnedHyperparameters(LearnedOptimizer):
         """Yes, as in ``torch.optim``."""
         return True
 
+    def treated_alike(self, names: Sequence[str]) -> list[list[str]]:
+        """The groups, if the attached optimizer works element by element and no tensor has values of its own."""
+        inner = self._attached()
+        if self.per == "tensor" or not inner.rule.elementwise:
+            return super().treated_alike(names)
+        members = [set(group.names or names) for group in inner.groups]
+        groups = [[name for name in names if name in group] for group in members]
+        return [*groups, *([name] for name in names if not any(name in group for group in members))]
+
     @torch.no_grad()
     def values(self) -> list[dict[str, Any]]:
         """The values in force, ready to be written into the live optimizer's groups.

@@ -50,7 +50,8 @@ def recorded_step(step: InnerStep, iterate: Iterate, loss: Tensor, log_scale: Te
     gradients = step.gradients(loss, iterate, create_graph=step.second_order)
     if not step.second_order:
         gradients = {name: None if g is None else g.detach() for name, g in gradients.items()}
-    following = step.update(iterate, gradients)
+    place, gradients = iterate.gathered(gradients)
+    following = step.update(place, gradients)
     record = Record(iterate.leaves(), following.leaves(), torch.zeros_like(log_scale))
     iterate = following.fresh()
     if step.homogeneity is not None:

@@ -56,8 +56,8 @@ def forward(
     meta = {name: tensor.detach() for name, tensor in step.learned.named_parameters() if tensor.requires_grad}
     directions = directions_of(meta)
     tally = Tally(objective, len(batches), step.homogeneity)
-    iterate = start.fresh()
-    tangents: list[ScaledVector | None] = [None] * len(directions)
+    iterate = step.packed(start).fresh()
+    tangents: Sequence[ScaledVector | None] = [None] * len(directions)
     log_scale = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
     slopes = [torch.zeros_like(log_scale) for _ in directions]
     first_norm = last_norm = None
@@ -67,10 +67,11 @@ def forward(
         loss = step.evaluate(iterate, batch)
         if tally.diverged(loss):
             break
-        gradients, following, moved = advance(step, iterate, loss, meta, directions, tangents)
+        iterate, gradients, tangents = differentiated(step, iterate, loss, tangents)
         if taken == len(batches):
             training = training_slopes(gradients, tangents)
-        iterate, tangents = following, moved
+        curvatures = curvatures_along(step, iterate, gradients, tangents)
+        iterate, tangents = pushed(step, iterate, gradients, meta, directions, tangents, curvatures)
         if step.homogeneity is not None:
             iterate, tangents, log_scale = rescale(iterate, tangents, log_scale)
         if taken == 1 or taken == len(batches):
@@ -84,41 +85,54 @@ def forward(
 
     found = by_name(meta, directions, slopes)
     result = tally.result("forward", reason, found, rate_per_step(first_norm, last_norm, len(batches) - 1))
-    return beside(result, by_name(meta, directions, training)), iterate
+    return beside(result, by_name(meta, directions, training)), iterate.unpacked()
 
 
-def advance(
-    step: InnerStep,
-    iterate: Iterate,
-    loss: Tensor,
-    meta: dict[str, Tensor],
-    directions: Sequence[Direction],
-    tangents: Sequence[ScaledVector | None],
-) -> tuple[dict[str, Tensor | None], Iterate, list[ScaledVector | None]]:
-    """One training step together with its tangents.
+def differentiated(
+    step: InnerStep, iterate: Iterate, loss: Tensor, tangents: Sequence[ScaledVector | None]
+) -> tuple[Iterate, dict[str, Tensor | None], Sequence[ScaledVector | None]]:
+    """The gradient of the loss at an iterate; iterate and tangents as they fit to it, unpacked if need be.
 
     Args:
         step: The inner training step.
         iterate: The present iterate, leaves that require a gradient.
         loss: The loss there.
-        meta: The meta-parameters by name, detached.
-        directions: The scalars to differentiate by.
         tangents: One for each direction; ``None`` stands for zero (the first step).
-
-    Returns:
-        The gradient of the loss, the next iterate and its tangents.
     """
     moving = any(tangent is not None for tangent in tangents)
-    gradients = step.gradients(loss, iterate, create_graph=step.second_order and moving)
+    found = step.gradients(loss, iterate, create_graph=step.second_order and moving)
+    place, gradients = iterate.gathered(found)
+    if place is not iterate:
+        tangents = [
+            None if t is None else ScaledVector(iterate.with_leaves(t.tensors).unpacked().leaves(), t.exponent)
+            for t in tangents
+        ]
+    return place, gradients, tangents
+
+
+def curvatures_along(
+    step: InnerStep,
+    iterate: Iterate,
+    gradients: Mapping[str, Tensor | None],
+    tangents: Sequence[ScaledVector | None],
+) -> list[Mapping[str, Tensor | None]]:
+    """For each tangent the derivative of the gradients along it (of its mantissas).
+
+    Args:
+        step: The inner training step.
+        iterate: The present iterate.
+        gradients: With their graph, which is used up.
+        tangents: One for each direction; ``None`` stands for zero.
+    """
     curvatures: list[Mapping[str, Tensor | None]] = []
     for index, tangent in enumerate(tangents):
         if not step.second_order or tangent is None:
             curvatures.append(dict.fromkeys(gradients))
             continue
-        keep_graph = index < len(directions) - 1
+        keep_graph = index < len(tangents) - 1
         product = partial(hessian_vector_product, gradients, iterate.parameters, tangent, keep_graph=keep_graph)
         curvatures.append(averaged(step, product, iterate))
-    return gradients, *pushed(step, iterate, gradients, meta, directions, tangents, curvatures)
+    return curvatures
 
 
 def pushed(

@@ -46,7 +46,7 @@ def reverse(
     """
     meta = {name: tensor for name, tensor in step.learned.named_parameters() if tensor.requires_grad}
     tally = Tally(objective, len(batches), step.homogeneity)
-    iterate = start.fresh()
+    iterate = step.packed(start).fresh()
     log_scale = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
     records: list[Record] = []
 
@@ -63,4 +63,6 @@ def reverse(
     adjoint = Adjoint(step, list(meta.values()))
     adjoint.carry_back(records)
     growth = rate_per_step(adjoint.last_norm, adjoint.first_norm, len(batches) - 1)
-    return tally.result("reverse", reason, dict(zip(meta, adjoint.gradients(), strict=True)), growth), iterate
+    return tally.result(
+        "reverse", reason, dict(zip(meta, adjoint.gradients(), strict=True)), growth
+    ), iterate.unpacked()

@@ -74,7 +74,7 @@ def segmented(
     meta = {name: tensor for name, tensor in step.learned.named_parameters() if tensor.requires_grad}
     tally = Tally(objective, len(batches), step.homogeneity)
     length = segment_length(len(batches))
-    iterate = start.fresh()
+    iterate = step.packed(start).fresh()
     devices = {leaf.device for leaf in iterate.leaves()}
     log_scale = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
     checkpoints: list[_Checkpoint] = []
@@ -88,7 +88,7 @@ def segmented(
         if tally.diverged(loss):
             complete = False
             break
-        gradients = step.gradients(loss, iterate, create_graph=False)
+        iterate, gradients = iterate.gathered(step.gradients(loss, iterate, create_graph=False))
         with torch.no_grad():
             iterate = step.update(iterate, gradients)
         iterate = iterate.fresh()
@@ -112,7 +112,9 @@ def segmented(
     if complete:
         _refuse_other_losses(list(tally.inner_losses.unbind()), replayed)
     growth = rate_per_step(adjoint.last_norm, adjoint.first_norm, len(batches) - 1)
-    return tally.result("segmented", reason, dict(zip(meta, adjoint.gradients(), strict=True)), growth), iterate
+    return tally.result(
+        "segmented", reason, dict(zip(meta, adjoint.gradients(), strict=True)), growth
+    ), iterate.unpacked()
 
 
 def _replay(
