@@ -122,14 +122,15 @@ class Parabola:
         return 0.5 * parameters["w"].square().sum()
 
 
-def is_exact_far_outside_the_number_range(estimator: Any) -> None:
+def is_exact_far_outside_the_number_range(estimator: Any, objective: Any = "log") -> None:
     rate, steps = 2.5, 400  # the loss ends at 1.5**800, 1e140; float32 ends at 1e38
     learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=rate))
     result = meta_gradient(
-        Parabola(), {"w": torch.ones(1)}, learned, [None] * steps, None, objective="log", estimator=estimator
+        Parabola(), {"w": torch.ones(1)}, learned, [None] * steps, None, objective=objective, estimator=estimator
     )
+    halves = 1 if objective == "log" else sum(1 / step for step in range(1, steps + 1))
     # d/d log r of log(1 - r)**2; 400 roundings of float32, which are of either sign.
-    assert result.value == pytest.approx(2 * math.log(rate - 1) - math.log(2) / steps, rel=1e-5)
+    assert result.value == pytest.approx(2 * math.log(rate - 1) - halves * math.log(2) / steps, rel=1e-5)
     assert result.gradients["learning_rate"].item() == pytest.approx(2 * rate / (rate - 1), rel=1e-4)
 
 
@@ -164,6 +165,7 @@ ORACLES: dict[str, Callable[[], None]] = {
     "definition: naive_mean": partial(is_the_objective_of_the_paper, "naive_mean"),
     "number range: forward": partial(is_exact_far_outside_the_number_range, "forward"),
     "number range: reverse": partial(is_exact_far_outside_the_number_range, "reverse"),
+    "number range: reverse, mean over the steps": partial(is_exact_far_outside_the_number_range, "reverse", "log_mean"),
     "first meta-step": first_meta_step_is_the_whole_step,
     "momentum in its interval": learned_momentum_starts_at_the_users_and_stays_below_one,
 }
@@ -181,7 +183,7 @@ MUTATIONS = {
         hessian_vector_product, "[vector for _", "[-vector for _", "differences: SGD, forward"
     ),
     "unit of the meta-parameter next to a scaled tangent": Mutation(
-        pushed, "torch.exp2(-exponent)", "torch.exp2(exponent)", "differences: SGD, forward"
+        pushed, "torch.exp2(-exponent)", "torch.exp2(exponent)", "number range: forward"
     ),
     "product rule of dual numbers": Mutation(
         Dual.__mul__, "first.addcmul_(self.value, right.to(first.dtype))", "first", "differences: SGD, forward"
@@ -225,14 +227,23 @@ MUTATIONS = {
     ),
     "sum of scaled vectors": Mutation(
         ScaledVector.plus,
-        "other.at_exponent(exponent)",
-        "other.tensors",
+        "self.at_exponent(exponent)",
+        "self.tensors",
+        "number range: reverse, mean over the steps",
+    ),
+    "derivative by a meta-parameter that every step uses": Mutation(
+        Adjoint._pull, "self._totals[index] + gradient", "gradient", "differences: SGD, reverse"
+    ),
+    "losses of several steps": Mutation(
+        Adjoint.carry_back,
+        "self._vector.plus(record.injection)",
+        "self._vector",
         "differences: SGD, reverse, mean over the steps",
     ),
     "rescaling of the adjoint": Mutation(
         Adjoint._pull, "exponent - record", "exponent + record", "number range: reverse"
     ),
-    "exponent of the adjoint": Mutation(Adjoint._pull, "torch.exp2(exponent)", "1.0", "differences: SGD, reverse"),
+    "exponent of the adjoint": Mutation(Adjoint._pull, "torch.exp2(exponent)", "1.0", "number range: reverse"),
     "derivative of the clipped norm": Mutation(
         clip._norm, "vector_norm(safe, order)", "vector_norm(safe.detach(), order)", "differences: SGD, clipped"
     ),

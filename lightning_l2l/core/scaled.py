@@ -2,7 +2,7 @@
 
 Tangents and adjoints of an unroll grow or shrink exponentially with the number of steps. They are linear, so they
 may be carried as ``tensors * 2**exponent``: the tensors stay near one, the exponent is one float64 number. Scaling by
-a power of two changes no bit of a mantissa, so nothing is lost. Nothing here waits for the device.
+a power of two changes no bit of a mantissa, so nothing is lost. Nothing here waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ from lightning_l2l.core.neighbours import mapped, merged
 
 # Below this exponent the tensors are left small: 2**100 is still a float32 number, its inverse too.
 _SMALLEST_EXPONENT = -100.0
+# The tensors' largest entry may have an exponent of this share of the dtype's: 15 either way in float32. So the next
+# step, which may make it much larger or smaller once more, stays in the number range, and most steps need no scaling.
+_SLACK = 1 / 8
+# Looking for neighbours takes as long as the extrema of so many tensors.
+_FEW = 4
 
 
 def largest_exponent(tensors: Sequence[Tensor]) -> Tensor:
@@ -27,13 +33,29 @@ def largest_exponent(tensors: Sequence[Tensor]) -> Tensor:
         >>> largest_exponent([torch.tensor([0.3, -9.0])])
         tensor(3., dtype=torch.float64)
     """
-    # Not a maximum norm: that one is not vectorised (torch 2.13, CPU), fourteen times slower than the extrema.
-    vectors = merged([tensor.detach() for tensor in tensors])
-    extrema = [end.double() for vector in vectors if vector.numel() for end in torch.aminmax(vector)]
+    extrema = _extrema(tensors)
     if not extrema:
         return torch.zeros((), dtype=torch.float64)
-    exponent = torch.stack(extrema).abs().amax().log2().floor()
+    exponent = torch.stack([end.double() for end in extrema]).abs().amax().log2().floor()
     return torch.where(exponent.isfinite(), exponent, 0.0)
+
+
+def _extrema(tensors: Sequence[Tensor]) -> list[Tensor]:
+    # Not a maximum norm: that one is not vectorised (torch 2.13, CPU), fourteen times slower than the extrema.
+    vectors = merged([tensor.detach() for tensor in tensors]) if len(tensors) > _FEW else tensors
+    return [end for vector in vectors if vector.numel() for end in torch.aminmax(vector)]
+
+
+def _is_near_one(tensors: Sequence[Tensor]) -> bool:
+    """Whether the largest entry is within the slack on both sides of 1; as numbers, since on a CPU that is faster."""
+    largest = max([abs(end.item()) for end in _extrema(tensors)], default=1.0)
+    slack = 2.0 ** (_SLACK * min([_largest_power(tensor.dtype) for tensor in tensors]))
+    return bool(1 / slack <= largest <= slack)
+
+
+@cache
+def _largest_power(dtype: torch.dtype) -> int:
+    return math.floor(math.log2(torch.finfo(dtype).max)) - 1
 
 
 def multiply(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
@@ -60,11 +82,14 @@ class ScaledVector:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], exponent: Tensor | float = 0.0) -> ScaledVector:
-        """A scaled vector, normalised so that its largest entry lies in [1, 2) (subnormal numbers come close)."""
+        """A scaled vector, normalised if its largest entry is far from 1: it then lies in [1, 2) or comes close."""
         device = tensors[0].device
         start = torch.as_tensor(exponent, dtype=torch.float64, device=device)
+        # Looking at the numbers would wait for an accelerator, where scaling costs little.
+        if device.type == "cpu" and _is_near_one(tensors):
+            return cls(list(tensors), start)
         # 2**-shift has to be a number of every dtype as well.
-        limit = min(math.floor(math.log2(torch.finfo(tensor.dtype).max)) - 1 for tensor in tensors)
+        limit = min([_largest_power(tensor.dtype) for tensor in tensors])
         shift = torch.maximum(largest_exponent(tensors).to(device), _SMALLEST_EXPONENT - start).clamp(-limit, limit)
         return cls(multiply(tensors, torch.exp2(-shift)), start + shift)
 

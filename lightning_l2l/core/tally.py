@@ -54,7 +54,7 @@ class Tally:
         self._inner_losses.append(loss.detach().double())
         if len(self._inner_losses) == _BLOCK:
             self._blocks, self._inner_losses = [*self._blocks, torch.stack(self._inner_losses)], []
-        return loss.device.type == "cpu" and not bool(loss.isfinite())
+        return loss.device.type == "cpu" and not math.isfinite(loss.item())
 
     @property
     def inner_losses(self) -> Tensor:
