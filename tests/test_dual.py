@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mirror import CASES, Net, batches, gradients, grouped, train
 
-from lightning_l2l.core import update_derivative
 from lightning_l2l.core.clip import clip_gradient_norm
 from lightning_l2l.core.inner import inner_optimizer, mirror, read_state, register_mirror
 from lightning_l2l.core.inner.dual import Dual
 from lightning_l2l.core.inner.rule import Rule
 from lightning_l2l.core.inner_step import InnerStep
 from lightning_l2l.core.neighbours import end_to_end, mapped, merged
-from lightning_l2l.core.update_derivative import Movement, moved_along
+from lightning_l2l.core.update_derivative import Movement, UpdateDerivative
 from lightning_l2l.optimizers import LearnedHyperparameters
 
 NAMES = {"lr": "learning_rate"}
@@ -39,25 +38,24 @@ def problem(case, per, clipping=None, steps=5, use=True):
     iterate = step.start(dict(net.named_parameters()), read_state(optimizer, net.named_parameters()), {})
     found = gradients(net, iterate.parameters, {**batches(1, seed=1)[0], "use": use})
     draw = lambda tensor: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)  # noqa: E731
-    meta = {name: offset.detach() for name, offset in learned.named_parameters()}
-    directions = [(name, place) for name, offset in meta.items() for place in range(len(offset))]
+    directions = [(name, place) for name, offset in learned.named_parameters() for place in range(len(offset))]
     movements = [
         Movement(
             [draw(leaf) for leaf in iterate.leaves()] if moving else None,
             {name: None if g is None or not moving else draw(g) for name, g in found.items()},
-            direction,
             torch.tensor(0.25, dtype=torch.float64),
         )
-        for direction in directions
+        for _ in directions
         for moving in (True, False)
     ]
-    return step, iterate, found, meta, movements
+    twice = [direction for direction in directions for _ in (True, False)]
+    return step, twice, (iterate, found, movements)
 
 
-def both_ways(monkeypatch, *arguments):
-    fast = moved_along(*arguments)
-    monkeypatch.setattr(update_derivative, "_by_dual_numbers", lambda *_: None)
-    return fast, moved_along(*arguments)
+def both_ways(monkeypatch, step, directions, arguments):
+    fast = UpdateDerivative(step, directions).moved_along(*arguments)
+    monkeypatch.setattr(type(step.learned), "dual_step", lambda *_: None)
+    return fast, UpdateDerivative(step, directions).moved_along(*arguments)
 
 
 @pytest.mark.parametrize("per", ["optimizer", "group", "tensor"])
@@ -89,10 +87,10 @@ def test_clipping_has_the_right_derivative_before_dual_numbers(case, monkeypatch
     # The oracle clips inside the update, so that one graph holds both.
     from lightning_l2l.core.linearised_update import LinearisedUpdate
 
-    step, iterate, found, meta, movements = arguments
+    step, directions, (iterate, found, movements) = arguments
+    meta = {name: offset.detach() for name, offset in step.learned.named_parameters()}
     update = LinearisedUpdate(step, iterate, found, meta)
-    for movement, tangents in zip(movements, fast_tangents, strict=True):
-        name, place = movement.meta_parameter
+    for (name, place), movement, tangents in zip(directions, movements, fast_tangents, strict=True):
         unit = torch.zeros_like(meta[name])
         unit[place] = movement.by
         expected = update.along(movement.leaves, movement.gradients, {name: unit})
@@ -125,8 +123,8 @@ def test_an_operation_without_a_derivative_is_an_error_and_not_a_zero():
         step = InnerStep(lambda tensors, batch: tensors["w"].square().sum(), learned)
         iterate = step.start({"w": torch.ones(2)}, None, {})
         one = torch.tensor(1.0, dtype=torch.float64)
-        movement = Movement(None, {"w": None}, ("learning_rate", 0), one)
-        return moved_along(step, iterate, {"w": torch.ones(2)}, dict(learned.named_parameters()), [movement])
+        movement = Movement(None, {"w": None}, one)
+        return UpdateDerivative(step).moved_along(iterate, {"w": torch.ones(2)}, [movement])
 
     with pytest.raises(TypeError, match="sin has no derivative"):
         tangents(dual_numbers=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -91,25 +91,34 @@ class Iterate:
         gathered = dict(gradients) if self.packing is None else self.packing.gathered(gradients)
         return (self.unpacked(), dict(gradients)) if gathered is None else (self, gathered)
 
+    @cached_property
+    def _tree(self) -> tuple[list[Any], Any]:
+        return optree.tree_flatten(self.state)
+
     def leaves(self) -> list[Tensor]:
         """The tensors a derivative flows through: the parameters, then the floating-point state."""
-        state = [leaf for leaf in optree.tree_leaves(self.state) if _carries_derivative(leaf)]
-        return [*self.parameters.values(), *state]
+        return [*self.parameters.values(), *[leaf for leaf in self._tree[0] if _carries_derivative(leaf)]]
 
     def with_leaves(self, leaves: Sequence[Tensor]) -> Iterate:
         """The same iterate with other tensors in the places that :meth:`leaves` lists."""
-        count = len(self.parameters)
-        parameters = dict(zip(self.parameters, leaves[:count], strict=True))
-        flat, structure = optree.tree_flatten(self.state)
-        rest = iter(leaves[count:])
+        parameters = dict(zip(self.parameters, leaves, strict=False))
+        rest = iter(leaves[len(parameters) :])
+        flat, structure = self._tree
         state = [next(rest) if _carries_derivative(leaf) else leaf for leaf in flat]
-        return replace(self, parameters=parameters, state=optree.tree_unflatten(structure, state))
+        moved = Iterate(parameters, optree.tree_unflatten(structure, state), self.buffers, self.packing)
+        vars(moved)["_tree"] = (state, structure)  # known, so it need not be found out
+        return moved
 
-    def fresh(self) -> Iterate:
-        """The same iterate as leaves that require a gradient, without history, and with its own buffers."""
+    def fresh(self, leaves: Sequence[Tensor] | None = None) -> Iterate:
+        """The same iterate as leaves that require a gradient, without history, and with its own buffers.
+
+        Args:
+            leaves: Taken in place of its own.
+        """
+        leaves = self.leaves() if leaves is None else leaves
+        place = self.with_leaves([leaf.detach().requires_grad_() for leaf in leaves])
         buffers = {name: buffer.detach().clone() for name, buffer in self.buffers.items()}
-        leaves = [leaf.detach().requires_grad_() for leaf in self.leaves()]
-        return replace(self.with_leaves(leaves), buffers=buffers)
+        return Iterate(place.parameters, place.state, buffers, self.packing)
 
 
 def _carries_derivative(leaf: Any) -> bool:
@@ -266,4 +275,4 @@ class InnerStep:
             name: tensor if updates.get(name) is None else tensor + updates[name]
             for name, tensor in iterate.parameters.items()
         }
-        return replace(iterate, parameters=parameters, state=state)
+        return Iterate(parameters, state, iterate.buffers, iterate.packing)

@@ -13,72 +13,86 @@ from torchopt.base import GradientTransformation
 from lightning_l2l.core.inner.dual import Dual
 from lightning_l2l.core.inner_step import InnerStep, Iterate
 from lightning_l2l.core.linearised_update import Jacobian, LinearisedUpdate
+from lightning_l2l.optimizers.base import DualStep
 
 MaybeTensors = Mapping[str, Tensor | None]
+# (name of the meta-parameter, flat index of the scalar in it)
+Direction = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Movement:
-    """One direction: how everything that an update depends on moves.
+    """How everything that an update depends on moves along one direction.
 
     Attributes:
         leaves: The iterate's leaves; ``None`` for not at all.
         gradients: Each gradient; ``None`` for not at all.
-        meta_parameter: Name and flat index of the one scalar that moves.
-        by: How far that moves; 0-dim.
+        by: How far the direction's own meta-parameter moves; 0-dim.
     """
 
     leaves: Sequence[Tensor] | None
     gradients: MaybeTensors
-    meta_parameter: tuple[str, int]
     by: Tensor
 
 
-def moved_along(
-    step: InnerStep,
-    iterate: Iterate,
-    gradients: MaybeTensors,
-    meta: Mapping[str, Tensor],
-    movements: Sequence[Movement],
-) -> tuple[Iterate, list[list[Tensor]]]:
-    """One update and its derivative along each movement.
+class UpdateDerivative:
+    """Updates and their derivatives, as long as the meta-parameters stay what they are.
 
     Args:
         step: The inner training step.
-        iterate: Where the update starts.
-        gradients: The gradient for each parameter, ``None`` where there is none.
+        directions: The scalars to differentiate by; every one of the meta-parameters, if not given.
+
+    Attributes:
+        step: The same.
         meta: The meta-parameters by name, detached.
-        movements: The directions.
-
-    Returns:
-        The next iterate, without history, and for each movement how its leaves move.
+        directions: The same.
     """
-    given: MaybeTensors = {name: None if g is None else g.detach() for name, g in gradients.items()}
-    changes: Sequence[MaybeTensors] = [movement.gradients for movement in movements]
-    if step.gradient_transformation is not None:
-        given, changes = _transformed(step.gradient_transformation, iterate, given, changes)
-        step = replace(step, gradient_transformation=None)
-    found = _by_dual_numbers(step, iterate, given, changes, movements)
-    if found is not None:
-        return found
-    update = LinearisedUpdate(step, iterate, given, meta)
-    tangents = []
-    for change, movement in zip(changes, movements, strict=True):
-        name, place = movement.meta_parameter
-        unit = torch.zeros_like(meta[name])
-        unit.view(-1)[place] = movement.by
-        tangents.append(update.along(movement.leaves, change, {name: unit}))
-    return update.following, tangents
+
+    def __init__(self, step: InnerStep, directions: Sequence[Direction] | None = None) -> None:
+        self.step = step
+        self.meta = {name: t.detach() for name, t in step.learned.named_parameters() if t.requires_grad}
+        if directions is None:
+            directions = [(name, index) for name, tensor in self.meta.items() for index in range(tensor.numel())]
+        self.directions = directions
+        self._dual_step = step.learned.dual_step(self.directions)
+
+    def moved_along(
+        self, iterate: Iterate, gradients: MaybeTensors, movements: Sequence[Movement]
+    ) -> tuple[Iterate, list[list[Tensor]]]:
+        """One update and its derivative along each direction.
+
+        Args:
+            iterate: Where the update starts.
+            gradients: The gradient for each parameter, ``None`` where there is none.
+            movements: One for each direction.
+
+        Returns:
+            The next iterate, leaves that require a gradient, and for each direction how its leaves move.
+        """
+        given: MaybeTensors = {name: None if g is None else g.detach() for name, g in gradients.items()}
+        changes: Sequence[MaybeTensors] = [movement.gradients for movement in movements]
+        step = self.step
+        if step.gradient_transformation is not None:
+            given, changes = _transformed(step.gradient_transformation, iterate, given, changes)
+            step = replace(step, gradient_transformation=None)
+        if self._dual_step is not None:
+            return _by_dual_numbers(self._dual_step, iterate, given, changes, movements)
+        update = LinearisedUpdate(step, iterate, given, self.meta)
+        tangents = []
+        for (name, place), change, movement in zip(self.directions, changes, movements, strict=True):
+            unit = torch.zeros_like(self.meta[name])
+            unit.view(-1)[place] = movement.by
+            tangents.append(update.along(movement.leaves, change, {name: unit}))
+        return update.following.fresh(), tangents
 
 
-@torch.no_grad()
 def _by_dual_numbers(
-    step: InnerStep,
+    dual_step: DualStep,
     iterate: Iterate,
     gradients: MaybeTensors,
     changes: Sequence[MaybeTensors],
     movements: Sequence[Movement],
-) -> tuple[Iterate, list[list[Tensor]]] | None:
+) -> tuple[Iterate, list[list[Tensor]]]:
     leaves = [leaf.detach() for leaf in iterate.leaves()]
     nothing = [None] * len(leaves)
     columns = [nothing if movement.leaves is None else movement.leaves for movement in movements]
@@ -87,16 +101,12 @@ def _by_dual_numbers(
         name: None if gradient is None else Dual(gradient, [change.get(name) for change in changes])
         for name, gradient in gradients.items()
     }
-    directions = [(*movement.meta_parameter, movement.by) for movement in movements]
-    found = step.learned.dual_step(start.parameters, given, start.state, directions)
-    if found is None:
-        return None
-    parameters, state = found
-    following = replace(iterate, parameters=parameters, state=state)
+    with torch.no_grad():
+        parameters, state = dual_step(start.parameters, given, start.state, [movement.by for movement in movements])
+    following = Iterate(parameters, state, iterate.buffers, iterate.packing)
     duals = following.leaves()
-    values = [_value(dual) for dual in duals]
     tangents = [[_tangent(dual, index) for dual in duals] for index in range(len(movements))]
-    return following.with_leaves(values), tangents
+    return following.fresh([_value(dual) for dual in duals]), tangents
 
 
 def _value(leaf: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from lightning_l2l.optimizers.torch_optimizer import LearnedTorchOptimizer
 
 
-# Name and flat index of a scalar meta-parameter, and how far it moves.
-Direction = tuple[str, int, Tensor]
+# Over dual numbers: (parameters, gradients, state, how far the meta-parameters move) -> (parameters, state).
+DualStep = Callable[
+    [Mapping[str, Any], Mapping[str, Any], Any, Sequence[Tensor]], tuple[dict[str, Any], dict[str, dict[str, Any]]]
+]
 
 
 class LearnedOptimizer(torch.nn.Module, abc.ABC):
@@ -68,22 +70,19 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
             :meth:`parameters`. It is made anew for each inner step, so making it must be cheap.
         """
 
-    def dual_step(
-        self, parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: Any, directions: Sequence[Direction]
-    ) -> tuple[dict[str, Any], Any] | None:
+    def dual_step(self, directions: Sequence[tuple[str, int]]) -> DualStep | None:
         """One applied step over dual numbers: the step of :meth:`transformation` and its derivative, without a graph.
 
         Makes forward mode faster. The default has none, which is always right.
 
         Args:
-            parameters: By name; each a tensor or a :class:`~lightning_l2l.core.inner.dual.Dual`.
-            gradients: By name, the same, or ``None``.
-            state: The optimizer's state, with duals in it.
-            directions: For each tangent the scalar meta-parameter that it is the derivative for (name, flat index), and
-                by how much that moves (0-dim).
+            directions: For each tangent the scalar meta-parameter that it is the derivative for (name, flat index).
 
         Returns:
-            Parameters and state after the step, or ``None``.
+            A function with the present meta-parameters, or ``None``. It takes parameters and gradients by name and the
+            optimizer's state, each a tensor or a :class:`~lightning_l2l.core.inner.dual.Dual` (a gradient may be
+            ``None``), and for each direction by how much its scalar moves (0-dim). It returns parameters and state
+            after the step.
         """
         return None
 

@@ -18,7 +18,7 @@ from torchopt.base import GradientTransformation
 from lightning_l2l.core.inner import InnerOptimizer
 from lightning_l2l.core.inner.dual import Dual
 from lightning_l2l.optimizers.attached import Per, described, rearranged, rebuilt, slots_of
-from lightning_l2l.optimizers.base import Direction, LearnedOptimizer
+from lightning_l2l.optimizers.base import DualStep, LearnedOptimizer
 from lightning_l2l.optimizers.parametrisation import PARAMETRISATIONS, parametrisations
 
 if TYPE_CHECKING:
@@ -121,28 +121,32 @@ class LearnedHyperparameters(LearnedOptimizer):
         """The attached optimizer with the learned values in place; differentiable in the meta-parameters."""
         return self._attached().transformation(self._group_values([self._cells(n).unbind() for n in self._learned]))
 
-    def dual_step(
-        self, parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: Any, directions: Sequence[Direction]
-    ) -> tuple[dict[str, Any], Any] | None:
+    def dual_step(self, directions: Sequence[tuple[str, int]]) -> DualStep | None:
         """The attached optimizer's step over dual numbers, if its rule has them."""
         inner = self._attached()
         if not inner.rule.dual_numbers:
             return None
         cells = [self._dual_cells(name, directions) for name in self._learned]
-        return inner.step(self._group_values(cells), parameters, gradients, state)
 
-    def _dual_cells(self, name: str, directions: Sequence[Direction]) -> list[Dual]:
-        """The values of one hyperparameter; a tangent only where its own offset moves."""
+        def step(
+            parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: Any, by: Sequence[Tensor]
+        ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+            moving = [[_scaled(cell, by) for cell in of_one] for of_one in cells]
+            return inner.step(self._group_values(moving), parameters, gradients, state)
+
+        return step
+
+    def _dual_cells(self, name: str, directions: Sequence[tuple[str, int]]) -> list[Dual]:
+        """The values of one hyperparameter; a tangent only where its own offset moves, for a unit of that."""
         offset = self.get_parameter(name).detach().double()
-        ones = torch.ones_like(offset)
         # The derivative of every value by its own offset, and then for each direction the one entry that it moves.
-        duals = self._values_at(name, Dual(offset, (ones,)))
+        duals = self._values_at(name, Dual(offset, (torch.ones_like(offset),)))
         assert duals.tangents[0] is not None
         cells = []
         for index, (value, slope) in enumerate(zip(duals.value.unbind(), duals.tangents[0].unbind(), strict=True)):
             # With per="optimizer" one offset stands for all the values.
-            place = index if len(offset) > 1 else 0
-            cells.append(Dual(value, [slope * by if (to, at) == (name, place) else None for to, at, by in directions]))
+            own = (name, index if len(offset) > 1 else 0)
+            cells.append(Dual(value, [slope if direction == own else None for direction in directions]))
         return cells
 
     def _group_values(self, cells: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
@@ -298,6 +302,10 @@ class LearnedHyperparameters(LearnedOptimizer):
             if saved is not None and self._parameters[name] is None:
                 self._parameters[name] = torch.nn.Parameter(torch.zeros_like(saved))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _scaled(cell: Dual, by: Sequence[Tensor]) -> Dual:
+    return Dual(cell.value, [None if t is None else t * far for t, far in zip(cell.tangents, by, strict=True)])
 
 
 def _paired(beta1: Any, beta2: Any) -> Any:

@@ -26,10 +26,7 @@ from lightning_l2l.core.objectives import Objective
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.scaled import ScaledVector, inner_product, largest_exponent, log2_norm
 from lightning_l2l.core.tally import Tally, rate_per_step
-from lightning_l2l.core.update_derivative import Movement, moved_along
-
-# (name of the meta-parameter, flat index of the scalar in it)
-Direction = tuple[str, int]
+from lightning_l2l.core.update_derivative import Movement, UpdateDerivative
 
 
 def forward(
@@ -53,13 +50,12 @@ def forward(
     Returns:
         The result, and the iterate that the unroll arrived at (for a homogeneous problem up to a factor).
     """
-    meta = {name: tensor.detach() for name, tensor in step.learned.named_parameters() if tensor.requires_grad}
-    directions = directions_of(meta)
+    update = UpdateDerivative(step)
     tally = Tally(objective, len(batches), step.homogeneity)
     iterate = step.packed(start).fresh()
-    tangents: Sequence[ScaledVector | None] = [None] * len(directions)
+    tangents: Sequence[ScaledVector | None] = [None] * len(update.directions)
     log_scale = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
-    slopes = [torch.zeros_like(log_scale) for _ in directions]
+    slopes = [torch.zeros_like(log_scale) for _ in update.directions]
     first_norm = last_norm = None
     training: list[Tensor] = []
 
@@ -71,7 +67,7 @@ def forward(
         if taken == len(batches):
             training = training_slopes(gradients, tangents)
         curvatures = curvatures_along(step, iterate, gradients, tangents)
-        iterate, tangents = pushed(step, iterate, gradients, meta, directions, tangents, curvatures)
+        iterate, tangents = pushed(update, iterate, gradients, tangents, curvatures)
         if step.homogeneity is not None:
             iterate, tangents, log_scale = rescale(iterate, tangents, log_scale)
         if taken == 1 or taken == len(batches):
@@ -83,9 +79,9 @@ def forward(
             parts = slopes_along(of_meta_loss, tangents, slope, exponent)
             slopes = [total + part for total, part in zip(slopes, parts, strict=True)]
 
-    found = by_name(meta, directions, slopes)
+    found = by_name(update, slopes)
     result = tally.result("forward", reason, found, rate_per_step(first_norm, last_norm, len(batches) - 1))
-    return beside(result, by_name(meta, directions, training)), iterate.unpacked()
+    return beside(result, by_name(update, training)), iterate.unpacked()
 
 
 def differentiated(
@@ -136,22 +132,18 @@ def curvatures_along(
 
 
 def pushed(
-    step: InnerStep,
+    update: UpdateDerivative,
     iterate: Iterate,
     gradients: Mapping[str, Tensor | None],
-    meta: Mapping[str, Tensor],
-    directions: Sequence[Direction],
     tangents: Sequence[ScaledVector | None],
     curvatures: Sequence[Mapping[str, Tensor | None]],
 ) -> tuple[Iterate, list[ScaledVector | None]]:
     """The next iterate and its tangents, from gradients and their derivatives.
 
     Args:
-        step: The inner training step.
+        update: The update rule.
         iterate: The present iterate.
         gradients: One for each parameter.
-        meta: The meta-parameters by name, detached.
-        directions: The scalars to differentiate by.
         tangents: One for each direction; ``None`` stands for zero.
         curvatures: For each direction the derivative of the gradients along the tangent (of its mantissas).
     """
@@ -159,11 +151,11 @@ def pushed(
     exponents = [zero if tangent is None else tangent.exponent for tangent in tangents]
     movements = [
         # The tangents are mantissas; the unit step of the meta-parameter is brought to the same exponent.
-        Movement(None if tangent is None else tangent.tensors, curvature, direction, torch.exp2(-exponent))
-        for direction, tangent, exponent, curvature in zip(directions, tangents, exponents, curvatures, strict=True)
+        Movement(None if tangent is None else tangent.tensors, curvature, torch.exp2(-exponent))
+        for tangent, exponent, curvature in zip(tangents, exponents, curvatures, strict=True)
     ]
-    following, moved = moved_along(step, iterate, gradients, meta, movements)
-    return following.fresh(), [ScaledVector.of(m, exponent) for m, exponent in zip(moved, exponents, strict=True)]
+    following, moved = update.moved_along(iterate, gradients, movements)
+    return following, [ScaledVector.of(m, exponent) for m, exponent in zip(moved, exponents, strict=True)]
 
 
 def slopes_along(
@@ -210,17 +202,12 @@ def beside(result: MetaGradient, training: Mapping[str, Tensor]) -> MetaGradient
     return replace(result, diagnostics=replace(result.diagnostics, training_gradients=training))
 
 
-def directions_of(meta: Mapping[str, Tensor]) -> list[Direction]:
-    """Every scalar of the meta-parameters."""
-    return [(name, index) for name, tensor in meta.items() for index in range(tensor.numel())]
-
-
-def by_name(meta: Mapping[str, Tensor], directions: Sequence[Direction], slopes: Sequence[Tensor]) -> dict[str, Tensor]:
+def by_name(update: UpdateDerivative, slopes: Sequence[Tensor]) -> dict[str, Tensor]:
     """The derivatives by the scalars, in the meta-parameters' shapes and dtypes; nothing of nothing."""
     if not slopes:
         return {}
-    found = {name: torch.zeros_like(tensor) for name, tensor in meta.items()}
-    for (name, place), value in zip(directions, slopes, strict=True):
+    found = {name: torch.zeros_like(tensor) for name, tensor in update.meta.items()}
+    for (name, place), value in zip(update.directions, slopes, strict=True):
         found[name].view(-1)[place] = value.to(found[name].dtype)
     return found
 

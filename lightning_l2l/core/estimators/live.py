@@ -27,7 +27,6 @@ from lightning_l2l.core.estimators.forward import (
     averaged,
     beside,
     by_name,
-    directions_of,
     hessian_vector_product,
     largest_norm,
     pushed,
@@ -39,6 +38,7 @@ from lightning_l2l.core.objectives import Objective
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.scaled import ScaledVector
 from lightning_l2l.core.tally import Tally, rate_per_step
+from lightning_l2l.core.update_derivative import UpdateDerivative
 
 MaybeTensors = Mapping[str, Tensor | None]
 
@@ -61,8 +61,7 @@ class LiveUnroll:
         self, step: InnerStep, objective: Objective, steps: int, carried: list[ScaledVector] | None = None
     ) -> None:
         self._step = step
-        self._meta = {name: t.detach() for name, t in step.learned.named_parameters() if t.requires_grad}
-        self._directions = directions_of(self._meta)
+        self._directions = UpdateDerivative(step).directions
         self._tally = Tally(objective, steps, None)
         self._tangents: list[ScaledVector | None] = [*carried] if carried else [None] * len(self._directions)
         self._curvatures: list[MaybeTensors] = [{} for _ in self._directions]
@@ -128,9 +127,8 @@ class LiveUnroll:
         curvatures: list[MaybeTensors] = [dict.fromkeys(gradients) for _ in self._directions]
         if self.needs_graph:
             curvatures = [averaged(self._step, partial(dict, change), iterate) for change in self._curvatures]
-        _, self._pending = pushed(
-            self._step, iterate, gradients, self._meta, self._directions, self._tangents, curvatures
-        )
+        # Made anew, since a schedule moves what the meta-parameters are relative to.
+        _, self._pending = pushed(UpdateDerivative(self._step), iterate, gradients, self._tangents, curvatures)
 
     def after_step(self) -> None:
         """The optimizer has stepped; without this call the step does not count."""
@@ -170,10 +168,11 @@ class LiveUnroll:
         Raises:
             NegativeLossError: The objective takes the logarithm of a negative loss.
         """
+        update = UpdateDerivative(self._step)
         first, last = self._norms[0], self._norms[-1]
-        found = by_name(self._meta, self._directions, self._slopes)
+        found = by_name(update, self._slopes)
         result = self._tally.result("live", reason, found, rate_per_step(first, last, self._steps - 1))
-        return beside(result, by_name(self._meta, self._directions, self._training))
+        return beside(result, by_name(update, self._training))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the window stands, between two steps: plain tensors, numbers and containers."""

@@ -63,6 +63,5 @@ def reverse(
     adjoint = Adjoint(step, list(meta.values()))
     adjoint.carry_back(records)
     growth = rate_per_step(adjoint.last_norm, adjoint.first_norm, len(batches) - 1)
-    return tally.result(
-        "reverse", reason, dict(zip(meta, adjoint.gradients(), strict=True)), growth
-    ), iterate.unpacked()
+    found = dict(zip(meta, adjoint.gradients(), strict=True))
+    return tally.result("reverse", reason, found, growth), iterate.unpacked()

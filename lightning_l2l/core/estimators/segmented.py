@@ -112,9 +112,8 @@ def segmented(
     if complete:
         _refuse_other_losses(list(tally.inner_losses.unbind()), replayed)
     growth = rate_per_step(adjoint.last_norm, adjoint.first_norm, len(batches) - 1)
-    return tally.result(
-        "segmented", reason, dict(zip(meta, adjoint.gradients(), strict=True)), growth
-    ), iterate.unpacked()
+    found = dict(zip(meta, adjoint.gradients(), strict=True))
+    return tally.result("segmented", reason, found, growth), iterate.unpacked()
 
 
 def _replay(
