@@ -36,6 +36,10 @@ def twice_differentiable() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def _update(learned: LearnedOptimizer, gradients: Any, state: Any, parameters: Tensors) -> Any:
+    return learned.transformation().update(gradients, state, params=parameters, inplace=False)
+
+
 class _Update(nn.Module):
     """Lets ``functional_call`` reach ``learned.transformation()`` with substituted meta-parameters."""
 
@@ -44,7 +48,7 @@ class _Update(nn.Module):
         self.learned = learned
 
     def forward(self, gradients: Any, state: Any, parameters: Tensors) -> Any:
-        return self.learned.transformation().update(gradients, state, params=parameters, inplace=False)
+        return _update(self.learned, gradients, state, parameters)
 
 
 @dataclass(frozen=True)
@@ -95,18 +99,23 @@ class Iterate:
     def _tree(self) -> tuple[list[Any], Any]:
         return optree.tree_flatten(self.state)
 
-    def leaves(self) -> list[Tensor]:
-        """The tensors a derivative flows through: the parameters, then the floating-point state."""
+    @cached_property
+    def _leaves(self) -> list[Tensor]:
         return [*self.parameters.values(), *[leaf for leaf in self._tree[0] if _carries_derivative(leaf)]]
 
-    def with_leaves(self, leaves: Sequence[Tensor]) -> Iterate:
-        """The same iterate with other tensors in the places that :meth:`leaves` lists."""
+    def leaves(self) -> list[Tensor]:
+        """The tensors a derivative flows through: the parameters, then the floating-point state."""
+        return list(self._leaves)
+
+    def with_leaves(self, leaves: Sequence[Tensor], buffers: Tensors | None = None) -> Iterate:
+        """The same iterate with other tensors in the places that :meth:`leaves` lists, and other buffers if given."""
         parameters = dict(zip(self.parameters, leaves, strict=False))
         rest = iter(leaves[len(parameters) :])
         flat, structure = self._tree
         state = [next(rest) if _carries_derivative(leaf) else leaf for leaf in flat]
-        moved = Iterate(parameters, optree.tree_unflatten(structure, state), self.buffers, self.packing)
-        vars(moved)["_tree"] = (state, structure)  # known, so it need not be found out
+        buffers = self.buffers if buffers is None else buffers
+        moved = Iterate(parameters, optree.tree_unflatten(structure, state), buffers, self.packing)
+        vars(moved).update(_tree=(state, structure), _leaves=list(leaves))  # known, so it need not be found out
         return moved
 
     def fresh(self, leaves: Sequence[Tensor] | None = None) -> Iterate:
@@ -116,9 +125,8 @@ class Iterate:
             leaves: Taken in place of its own.
         """
         leaves = self.leaves() if leaves is None else leaves
-        place = self.with_leaves([leaf.detach().requires_grad_() for leaf in leaves])
         buffers = {name: buffer.detach().clone() for name, buffer in self.buffers.items()}
-        return Iterate(place.parameters, place.state, buffers, self.packing)
+        return self.with_leaves([leaf.detach().requires_grad_() for leaf in leaves], buffers)
 
 
 def _carries_derivative(leaf: Any) -> bool:
@@ -268,9 +276,12 @@ class InnerStep:
             moved, _ = self.gradient_transformation.update(
                 moved, self.gradient_transformation.init(iterate.parameters), inplace=False
             )
-        call = _Update(self.learned)
-        substitutes = {f"learned.{name}": tensor for name, tensor in (meta_parameters or {}).items()}
-        updates, state = functional_call(call, substitutes, (moved, iterate.state, iterate.parameters))
+        arguments = (moved, iterate.state, iterate.parameters)
+        if meta_parameters is None:
+            updates, state = _update(self.learned, *arguments)
+        else:
+            substitutes = {f"learned.{name}": tensor for name, tensor in meta_parameters.items()}
+            updates, state = functional_call(_Update(self.learned), substitutes, arguments)
         parameters = {
             name: tensor if updates.get(name) is None else tensor + updates[name]
             for name, tensor in iterate.parameters.items()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ MaybeTensors = Mapping[str, Tensor | None]
 Direction = tuple[str, int]
 
 
-@dataclass(frozen=True)
-class Movement:
+class Movement(NamedTuple):
     """How everything that an update depends on moves along one direction.
 
     Attributes:

@@ -128,9 +128,7 @@ class LearnedHyperparameters(LearnedOptimizer):
             return None
         cells = [self._dual_cells(name, directions) for name in self._learned]
 
-        def step(
-            parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: Any, by: Sequence[Tensor]
-        ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        def step(parameters: Any, gradients: Any, state: Any, by: Sequence[Tensor]) -> tuple[dict[str, Any], Any]:
             moving = [[_scaled(cell, by) for cell in of_one] for of_one in cells]
             return inner.step(self._group_values(moving), parameters, gradients, state)
 
@@ -191,13 +189,8 @@ class LearnedHyperparameters(LearnedOptimizer):
         return True
 
     def treated_alike(self, names: Sequence[str]) -> list[list[str]]:
-        """The groups, if the attached optimizer works element by element and no tensor has values of its own."""
-        inner = self._attached()
-        if self.per == "tensor" or not inner.rule.elementwise:
-            return super().treated_alike(names)
-        members = [set(group.names or names) for group in inner.groups]
-        groups = [[name for name in names if name in group] for group in members]
-        return [*groups, *([name] for name in names if not any(name in group for group in members))]
+        """The attached optimizer's groups, unless each tensor has values of its own."""
+        return super().treated_alike(names) if self.per == "tensor" else self._attached().treated_alike(names)
 
     @torch.no_grad()
     def values(self) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def forward(
     tally = Tally(objective, len(batches), step.homogeneity)
     iterate = step.packed(start).fresh()
     tangents: Sequence[ScaledVector | None] = [None] * len(update.directions)
-    log_scale = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
+    log_scale = _zero(iterate)
     slopes = [torch.zeros_like(log_scale) for _ in update.directions]
     first_norm = last_norm = None
     training: list[Tensor] = []
@@ -147,8 +147,7 @@ def pushed(
         tangents: One for each direction; ``None`` stands for zero.
         curvatures: For each direction the derivative of the gradients along the tangent (of its mantissas).
     """
-    zero = torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
-    exponents = [zero if tangent is None else tangent.exponent for tangent in tangents]
+    exponents = [_zero(iterate) if tangent is None else tangent.exponent for tangent in tangents]
     movements = [
         # The tangents are mantissas; the unit step of the meta-parameter is brought to the same exponent.
         Movement(None if tangent is None else tangent.tensors, curvature, torch.exp2(-exponent))
@@ -156,6 +155,10 @@ def pushed(
     ]
     following, moved = update.moved_along(iterate, gradients, movements)
     return following, [ScaledVector.of(m, exponent) for m, exponent in zip(moved, exponents, strict=True)]
+
+
+def _zero(iterate: Iterate) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=iterate.leaves()[0].device)
 
 
 def slopes_along(

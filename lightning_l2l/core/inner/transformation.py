@@ -72,6 +72,12 @@ class InnerOptimizer:
             return self
         return replace(self, groups=(ParameterGroup(tuple(names), self.groups[0].hyperparameters),))
 
+    def treated_alike(self, names: Sequence[str]) -> list[list[str]]:
+        """Those of the parameters together that one vector may stand for: a group's, if the rule is elementwise."""
+        members = [set(group.names or names) for group in self.groups] if self.rule.elementwise else []
+        groups = [[name for name in names if name in group] for group in members]
+        return [*groups, *([name] for name in names if not any(name in group for group in members))]
+
     def transformation(self, values: Sequence[GroupValues] | None = None) -> GradientTransformation:
         """The optimizer in torchopt's protocol: ``init(params)`` and ``update(updates, state, *, params)``.
 
