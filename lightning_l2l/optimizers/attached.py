@@ -81,6 +81,41 @@ def slots_of(inner: InnerOptimizer, per: Per) -> tuple[str, ...]:
     return tuple(name for group in inner.groups for name in group.names or ())
 
 
+def places_of(inner: InnerOptimizer, per: Per) -> dict[str, int]:
+    """For each parameter's name the position of its value among the slots."""
+    named = [(name, index) for index, group in enumerate(inner.groups) for name in group.names or ()]
+    if per == "tensor":
+        return {name: place for place, (name, _) in enumerate(named)}
+    return {name: index if per == "group" else 0 for name, index in named}
+
+
+def sources_of(
+    slots: tuple[str, ...], offset: torch.nn.Parameter | None, before: tuple[str, ...] | None
+) -> list[int | None]:
+    """For each slot the position where its offset was until now, ``None`` if it is new.
+
+    Args:
+        slots: The slots that there are now.
+        offset: The offsets until now.
+        before: Their slots; ``None`` if they were loaded from a file, whose order is that of ``slots``.
+
+    Raises:
+        ValueError: A slot has gone.
+    """
+    if offset is None:
+        return [None] * len(slots)
+    before = slots[: len(offset)] if before is None else before
+    gone = [slot for slot in before if slot not in slots]
+    if gone or len(before) != len(offset):
+        raise ValueError(
+            f"was attached to an optimizer with {len(offset)} value(s) to learn and now meets one with {len(slots)}"
+            f"{f' that lacks {gone[0]}' if gone else ''}. What was learned has no place to go: make a new one for "
+            "another optimizer."
+        )
+    position = {slot: index for index, slot in enumerate(before)}
+    return [position.get(slot) for slot in slots]
+
+
 def _rules() -> dict[str, Rule]:
     return {cls.__name__: inner_optimizer(cls).rule for cls in _CLASSES}
 

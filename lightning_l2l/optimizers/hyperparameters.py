@@ -17,7 +17,7 @@ from torchopt.base import GradientTransformation
 
 from lightning_l2l.core.inner import InnerOptimizer
 from lightning_l2l.core.inner.dual import Dual
-from lightning_l2l.optimizers.attached import Per, described, rearranged, rebuilt, slots_of
+from lightning_l2l.optimizers.attached import Per, described, places_of, rearranged, rebuilt, slots_of, sources_of
 from lightning_l2l.optimizers.base import DualStep, LearnedOptimizer
 from lightning_l2l.optimizers.parametrisation import PARAMETRISATIONS, parametrisations
 
@@ -111,7 +111,10 @@ class LearnedHyperparameters(LearnedOptimizer):
             # Only at first: later a schedule may well pass through 0, or learning end at a bound.
             if self._inner is None:
                 how.refuse(name, [group.hyperparameters for group in inner.groups])
-        sources = {name: self._sources(name, slots) for name in self._learned}
+        try:
+            sources = {name: sources_of(slots, self._parameters[name], self._slots) for name in self._learned}
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__} {error}") from None
         for name, source in sources.items():
             self._parameters[name] = rearranged(self._parameters[name], source)
         self._inner, self._slots = inner, slots
@@ -167,10 +170,7 @@ class LearnedHyperparameters(LearnedOptimizer):
         inner = self._attached()
         if list(self._learned) != ["learning_rate"] or not inner.rule.proportional_to_rate:
             return None
-        named = [(name, index) for index, group in enumerate(inner.groups) for name in group.names or ()]
-        if self.per == "tensor":
-            return {name: place for place, (name, _) in enumerate(named)}
-        return {name: index if self.per == "group" else 0 for name, index in named}
+        return places_of(inner, self.per)
 
     def scaled_rate(self, factor: float) -> dict[str, Tensor] | None:
         """The offset of ``"learning_rate"``, moved by ``log(factor)``; ``None`` if that is not learned."""
@@ -270,23 +270,6 @@ class LearnedHyperparameters(LearnedOptimizer):
         if self.per != "tensor":
             return next(cells)
         return {name: next(cells) for name in names or ()}
-
-    def _sources(self, name: str, slots: tuple[str, ...]) -> list[int | None]:
-        """For each slot the position where its offset was until now, ``None`` if it is new."""
-        offset = self._parameters[name]
-        if offset is None:
-            return [None] * len(slots)
-        # Loaded from a file before the first attach: the order is what the file had.
-        before = slots[: len(offset)] if self._slots is None else self._slots
-        gone = [slot for slot in before if slot not in slots]
-        if gone or len(before) != len(offset):
-            raise ValueError(
-                f"{type(self).__name__} was attached to an optimizer with {len(offset)} {self.per}(s) and now meets "
-                f"one with {len(slots)}{f' that lacks {gone[0]}' if gone else ''}. What was learned has no place to "
-                "go: make a new one for another optimizer."
-            )
-        position = {slot: index for index, slot in enumerate(before)}
-        return [position.get(slot) for slot in slots]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # Before the first attach there are no parameters to load into: make them in the saved shape.
