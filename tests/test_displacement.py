@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, meta_gradient
-from lightning_l2l.core.estimators import Displacement, displacement
-from lightning_l2l.core.estimators.displacement import slopes
+from lightning_l2l.core.estimators import Displacement, displacement, slope
 from lightning_l2l.core.inner import inner_optimizer, mirror
+from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.tally import NegativeLossError
 from lightning_l2l.optimizers import LearnedOptimizer
+
+
+def asked(loss: Any, gradients: Any, way: Any, places: Any, like: Tensor, objective: Any, steps: int) -> MetaGradient:
+    """Slope and meta-gradient in one."""
+    return displacement(slope(loss, gradients, way, places, like), like, objective, steps)
+
 
 OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1}),
@@ -52,8 +58,9 @@ def test_without_curvature_it_is_the_exact_meta_gradient(kind: Any, arguments: d
     for batch in batches:
         weights["a"].grad, weights["b"].grad = batch[:3].clone(), batch[3:].clone()
         optimizer.step()
-        way.see(weights)
-    found = displacement(
+        if way.step():
+            way.look(weights)
+    found = asked(
         linear(weights, judge),
         {"a": judge[:3], "b": judge[3:]},
         way.of(weights),
@@ -73,7 +80,8 @@ def test_steps_count_alike_at_first_and_are_forgotten_later() -> None:
     average = 0.0
     for step in range(1, 60):
         place["w"] += step % 7
-        way.see(place)
+        if way.step():
+            way.look(place)
         average += max(1 / (step + 1), 1 / 10) * (place["w"].item() - average)
         # Rounding of the same recursion.
         assert way.of(place)["w"].item() == pytest.approx(place["w"].item() - average, rel=1e-12)
@@ -84,7 +92,8 @@ def test_a_long_memory_looks_seldom_and_forgets_at_the_same_rate() -> None:
     way = Displacement(place, memory=100)
     for _ in range(2000):
         place["w"] += 1
-        way.see(place)
+        if way.step():
+            way.look(place)
     # Of equal steps: their number times the memory, less what falls between two looks (five steps).
     assert way.of(place)["w"].item() == pytest.approx(100, abs=5)
 
@@ -97,7 +106,8 @@ def test_rescaled_it_is_the_way_of_the_present_rate() -> None:
             if step in changes:
                 way.rescale(place, {"w": changes[step]})
             place["w"] += rate
-            way.see(place)
+            if way.step():
+                way.look(place)
         return way.of(place)["w"].item()
 
     assert walked([1.0] * 15 + [0.5] * 10, {15: 0.5}) == pytest.approx(walked([0.5] * 25, {}), rel=1e-12)
@@ -113,9 +123,12 @@ def test_each_rate_has_the_slope_of_its_own_parameters(per: Any, expected: list[
     learned = LearnedStepSize(per=per).attach(mirror(optimizer, weights.items()))
     gradients = {"a": torch.tensor([2.0]), "b": torch.tensor([3.0]), "c": torch.tensor([9.0])}
     way = {name: torch.ones(1) for name in "abc"}
-    assert slopes(gradients, way, learned.rate_places() or {}, learned.learning_rate).tolist() == expected
-    without = slopes({**gradients, "c": None}, way, learned.rate_places() or {}, learned.learning_rate)
-    assert without.sum().item() == 5.0
+    assert (
+        slope(torch.ones(()), gradients, way, learned.rate_places() or {}, learned.learning_rate).along.tolist()
+        == expected
+    )
+    without = slope(torch.ones(()), {**gradients, "c": None}, way, learned.rate_places() or {}, learned.learning_rate)
+    assert without.along.sum().item() == 5.0
 
 
 def test_relative_to_its_bound_it_is_a_cosine() -> None:
@@ -123,7 +136,7 @@ def test_relative_to_its_bound_it_is_a_cosine() -> None:
     gradients = {name: torch.randn(4, generator=generator) for name in "ab"}
     way = {name: torch.randn(4, generator=generator) for name in "ab"}
     for like, places in ((torch.zeros(1), {"a": 0, "b": 0}), (torch.zeros(2), {"a": 0, "b": 1})):
-        found = displacement(torch.tensor(3.0), gradients, way, places, like, "log", steps=100)
+        found = asked(torch.tensor(3.0), gradients, way, places, like, "log", steps=100)
         for index in range(len(like)):
             names = [name for name, place in places.items() if place == index]
             pair = [torch.cat([part[name] for name in names]) for part in (gradients, way)]
@@ -133,7 +146,7 @@ def test_relative_to_its_bound_it_is_a_cosine() -> None:
 
 def test_no_way_yet_is_no_vote_and_not_nan() -> None:
     still = {"w": torch.zeros(2)}
-    found = displacement(torch.tensor(1.0), {"w": torch.ones(2)}, still, {"w": 0}, torch.zeros(1), "log", steps=100)
+    found = asked(torch.tensor(1.0), {"w": torch.ones(2)}, still, {"w": 0}, torch.zeros(1), "log", steps=100)
     assert found.usable and found.gradients["learning_rate"].tolist() == found.relative()["learning_rate"].tolist() == [
         0.0
     ]
@@ -144,7 +157,8 @@ def test_in_half_precision_the_average_is_finer_than_its_parameters(dtype: torch
     place = {"w": torch.ones(1, dtype=dtype)}
     way = Displacement(place, memory=20)
     place["w"] += 2**-7  # one digit of bfloat16; a part of it is none
-    way.see(place)
+    if way.step():
+        way.look(place)
     assert way.of(place)["w"].item() == pytest.approx(2**-8, rel=1e-6)  # the mean of two
 
 
@@ -157,10 +171,11 @@ def test_it_asks_for_less_where_noise_rules_and_for_more_where_the_way_is_long(r
     votes = []
     for step in range(1, 201):
         weights["w"] -= rate * (weights["w"] + torch.randn(100, generator=generator, dtype=torch.float64))
-        way.see(weights)
+        if way.step():
+            way.look(weights)
         if step % 20 == 0:
             loss = 0.5 * weights["w"].square().sum()
-            found = displacement(loss, weights, way.of(weights), {"w": 0}, torch.zeros(1), "log", steps=100)
+            found = asked(loss, weights, way.of(weights), {"w": 0}, torch.zeros(1), "log", steps=100)
             votes.append(math.copysign(1.0, found.gradients["learning_rate"].item()))
     assert votes == [sign] * 10
 
@@ -169,19 +184,19 @@ def test_it_asks_for_less_where_noise_rules_and_for_more_where_the_way_is_long(r
 def test_objectives_that_count_losses_on_the_way_are_refused(objective: Any) -> None:
     ones = {"w": torch.ones(1)}
     with pytest.raises(ValueError, match="knows only the last"):
-        displacement(torch.tensor(1.0), ones, ones, {"w": 0}, torch.zeros(1), objective, steps=3)
+        asked(torch.tensor(1.0), ones, ones, {"w": 0}, torch.zeros(1), objective, steps=3)
 
 
 def test_a_negative_loss_has_no_logarithm_and_says_so() -> None:
     ones = {"w": torch.ones(1)}
     with pytest.raises(NegativeLossError):
-        displacement(torch.tensor(-1.0), ones, ones, {"w": 0}, torch.zeros(1), "log", steps=3)
+        asked(torch.tensor(-1.0), ones, ones, {"w": 0}, torch.zeros(1), "log", steps=3)
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
 def test_what_is_not_finite_is_not_usable(loss: float) -> None:
     ones = {"w": torch.ones(1)}
-    found = displacement(torch.tensor(loss), ones, ones, {"w": 0}, torch.zeros(1), "log", steps=3)
+    found = asked(torch.tensor(loss), ones, ones, {"w": 0}, torch.zeros(1), "log", steps=3)
     assert not found.usable and found.gradients["learning_rate"].isnan().all()
 
 

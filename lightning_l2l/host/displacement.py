@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_l2l.core.estimators import Displacement, displacement
-from lightning_l2l.core.estimators.displacement import only_last, slopes
+from lightning_l2l.core.estimators import Displacement, Slope, displacement, slope
+from lightning_l2l.core.estimators.displacement import only_last
 from lightning_l2l.core.inner_step import Iterate
 from lightning_l2l.core.processes import Processes
 from lightning_l2l.core.result import MetaGradient
@@ -93,8 +93,8 @@ class DisplacementSteps:
 
     def _drop_judgement(self) -> None:
         self._loss: Tensor | None = None
-        self._training: tuple[Tensor, Tensor] | None = None
-        self._result: MetaGradient | None = None
+        self._training: Slope | None = None
+        self._held_out: Slope | None = None
 
     def _owned(self) -> dict[str, Tensor]:
         return owned_tensors(self._module, live_optimizer(self._trainer))[0]
@@ -148,12 +148,7 @@ class DisplacementSteps:
         assert loss is not None
         (loss,) = self._look_ahead.inner_step().average(lambda: [loss], [loss])
         assert loss is not None
-        parameters = self._owned()
-        gradients = {name: parameter.grad for name, parameter in parameters.items()}
-        displaced, places = self._follow().of(parameters), self._places
-        self._training = loss, slopes(gradients, displaced, places, self._like)
-        if self._settings.meta_data == "train":
-            self._result = self._meta_gradient(loss, gradients, displaced)
+        self._training = self._slope(loss, {name: parameter.grad for name, parameter in self._owned().items()})
 
     @property
     def _places(self) -> dict[str, int]:
@@ -165,42 +160,35 @@ class DisplacementSteps:
     def _like(self) -> Tensor:
         return self._learned.get_parameter("learning_rate").detach()
 
-    def _meta_gradient(
-        self, loss: Tensor, gradients: dict[str, Tensor | None], displaced: dict[str, Tensor]
-    ) -> MetaGradient:
-        return displacement(
-            loss,
-            gradients,
-            displaced,
-            self._places,
-            self._like,
-            self._settings.objective,
-            self._memory,
-            self._reason,
-            self._training,
-        )
+    def _slope(self, loss: Tensor, gradients: dict[str, Tensor | None]) -> Slope:
+        return slope(loss, gradients, self._follow().of(self._owned()), self._places, self._like)
 
     def after_step(self) -> None:
         """The optimizer has stepped."""
-        self._follow().see(self._owned())
+        if self._way is None or self._way.step():  # finding the parameters takes longer than looking at a few
+            self._follow().look(self._owned())
 
-    def needs_judge(self) -> bool:
-        """Whether held-out data have to judge the state after this step."""
-        return self._is_due and self._settings.meta_data != "train"
+    def needs_judge(self, *, is_time: bool) -> bool:
+        """Whether held-out data have to judge the state after this step.
+
+        Args:
+            is_time: Whether a meta-update follows it.
+        """
+        return is_time and self._settings.meta_data != "train"
 
     def judge(self, judge: Window) -> None:
         """Evaluate the meta-loss where the run is now, on copies of its buffers."""
         parameters, buffers = owned_tensors(self._module, live_optimizer(self._trainer))
 
-        def evaluate() -> MetaGradient:
+        def evaluate() -> Slope:
             with invisible(self._trainer, self._module, self._look_ahead.seed + self._trainer.global_step):
                 loss, found = self._look_ahead.inner_step().judge(Iterate(parameters, {}, buffers), judge)
-            return self._meta_gradient(loss, dict(zip(parameters, found, strict=True)), self._follow().of(parameters))
+            return self._slope(loss, dict(zip(parameters, found, strict=True)))
 
         try:
-            self._result = unless_diverged(evaluate, self._processes)
+            self._held_out = unless_diverged(evaluate, self._processes)
         except StepRefusedError:
-            self._result = None  # the run goes on: what it would not train on, it is not judged by
+            self._held_out = None  # the run goes on: what it would not train on, it is not judged by
 
     def rehearse(self, judge: Window) -> None:
         """Have this batch judge the start, so that what fails fails before the first step.
@@ -209,7 +197,12 @@ class DisplacementSteps:
             NegativeLossError: The objective takes the logarithm of a negative loss.
         """
         self.judge(judge)
+        if self._held_out is not None:
+            self._meta_gradient(self._held_out)
         self._drop_judgement()
+
+    def _meta_gradient(self, found: Slope) -> MetaGradient:
+        return displacement(found, self._like, self._settings.objective, self._memory, self._reason, self._training)
 
     def drop(self, *, tangents: bool = False) -> None:
         """There is nothing to judge by.
@@ -227,12 +220,15 @@ class DisplacementSteps:
         Raises:
             WindowIncompleteError: There is none.
         """
-        result, self._offsets = self._result, self._like.clone()
-        self._drop_judgement()
-        if result is None:
+        found = self._training if self._settings.meta_data == "train" else self._held_out
+        self._offsets = self._like.clone()
+        if found is None:
+            self._drop_judgement()
             raise WindowIncompleteError(
                 "training_step returned or raised nothing that could be judged: no meta-gradient, the rate was kept."
             )
+        result = self._meta_gradient(found)
+        self._drop_judgement()
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,11 +239,14 @@ class DisplacementSteps:
         size = sum(tensor.numel() * tensor.element_size() for tensor in state["average"].values())
         if size > LARGEST_SAVED:
             return {}
-        offsets = {} if self._offsets is None else {"offsets": self._offsets}
-        return {"names": self._way.names, **state, **offsets}
+        rest: dict[str, Any] = {} if self._offsets is None else {"offsets": self._offsets}
+        if self._training is not None:  # saved between the optimizer's step and the meta-update after it
+            rest["training"] = vars(self._training)
+        return {"names": self._way.names, **state, **rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, if it was saved for the same parameters; else the displacement begins anew."""
         if state.get("names") == list(self._owned()):
             self._follow().load_state_dict(state)
             self._offsets = state.get("offsets")
+            self._training = Slope(**state["training"]) if "training" in state else None

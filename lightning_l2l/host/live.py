@@ -186,8 +186,12 @@ class LiveSteps:
         if self._unroll is not None and self._unroll.has_pending_step:
             self._unroll.after_step()
 
-    def needs_judge(self) -> bool:
-        """Whether the state after this step has to be judged; a step that the scaler left out ends the window."""
+    def needs_judge(self, *, is_time: bool) -> bool:
+        """Whether the state after this step has to be judged; a step that the scaler left out ends the window.
+
+        Args:
+            is_time: Whether a meta-update follows it; some objectives count steps before that one.
+        """
         if self._unroll is not None and self._unroll.has_pending_step:
             self._unroll = None
         return self._unroll is not None and self._unroll.is_due

@@ -138,9 +138,7 @@ class LookAhead:
         learned, state = self._applied.unrolled()
         step = self._trainer.global_step
         estimator = self._settings.estimator
-        assert estimator != "displacement", "it does not look ahead"
-        # Of all processes together, unlike everything else that is drawn.
-        particles = Particles(seed=self._settings.seed + step)
+        assert estimator != "displacement"
 
         def unroll() -> MetaGradient:
             with invisible(self._trainer, self._module, self.seed + step):
@@ -156,7 +154,7 @@ class LookAhead:
                     state=state,
                     buffers=buffers,
                     gradient_transformation=self._clipping(),
-                    particles=particles,
+                    particles=Particles(seed=self._settings.seed + step),  # of all processes together
                     processes=self._processes,
                 )
 

@@ -210,7 +210,7 @@ class MetaGradientSource:
         return self.look_ahead.meta_gradient(windows, judge)
 
     def _along_meta_gradient(self, along: DisplacementSteps | LiveSteps, is_time: bool) -> MetaGradient | None:
-        if along.needs_judge():
+        if along.needs_judge(is_time=is_time):
             if self._settings.meta_data != "train":
                 along.judge(self.look_ahead.held_out(self._drawn))
             else:

@@ -10,7 +10,7 @@ look at one window of a longer training and carry particles to the next; they ar
 
 from __future__ import annotations
 
-from lightning_l2l.core.estimators.displacement import Displacement, displacement
+from lightning_l2l.core.estimators.displacement import Displacement, Slope, displacement, slope
 from lightning_l2l.core.estimators.es import es
 from lightning_l2l.core.estimators.es_single import es_single
 from lightning_l2l.core.estimators.forward import forward
@@ -26,6 +26,7 @@ __all__ = [
     "Displacement",
     "LiveUnroll",
     "Particles",
+    "Slope",
     "displacement",
     "es",
     "es_single",
@@ -34,5 +35,6 @@ __all__ = [
     "pes",
     "reverse",
     "segmented",
+    "slope",
     "truncated",
 ]

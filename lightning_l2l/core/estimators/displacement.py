@@ -25,8 +25,8 @@ sign of the noise's cost. What it is worth is measured: docs, "benchmarks".
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ class Displacement:
         >>> way = Displacement({"w": place}, memory=100)
         >>> for _ in range(10):
         ...     _ = place.add_(1.0)
-        ...     way.see({"w": place})
+        ...     if way.step():
+        ...         way.look({"w": place})
         >>> way.of({"w": place})["w"].item()  # from 5, the average of 0, 5 and 10
         5.0
     """
@@ -72,16 +73,18 @@ class Displacement:
         """Whose parameters it follows."""
         return list(self._average)
 
+    def step(self) -> bool:
+        """The optimizer has stepped; whether it is time to :meth:`look`."""
+        self._steps += 1
+        return self._steps % self._stride == 0
+
     @torch.no_grad()
-    def see(self, parameters: Mapping[str, Tensor]) -> None:
-        """The optimizer has stepped.
+    def look(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let the average know of the present parameters.
 
         Args:
             parameters: Those of the start, as they are now.
         """
-        self._steps += 1
-        if self._steps % self._stride:
-            return
         looks = self._steps // self._stride + 1
         weight = max(1 / looks, 1 - (1 - 1 / self._memory) ** self._stride)
         averages = list(self._average.values())
@@ -125,30 +128,74 @@ class Displacement:
         self._steps = state["steps"]
 
 
-def displacement(
+@dataclass(frozen=True)
+class Slope:
+    """How steeply a loss rises along the displacement.
+
+    Attributes:
+        loss: The loss; 0-dim float64.
+        along: Its derivative along the displacement, for each offset; 1-d float64.
+        steepest: What the absolute value of that could be at most, given the lengths of gradient and displacement.
+    """
+
+    loss: Tensor
+    along: Tensor
+    steepest: Tensor
+
+
+def slope(
     loss: Tensor,
     gradients: Mapping[str, Tensor | None],
     displaced: Mapping[str, Tensor],
     places: Mapping[str, int],
     like: Tensor,
-    objective: Objective,
-    steps: int,
-    reason: str = "",
-    training: tuple[Tensor, Tensor] | None = None,
-) -> MetaGradient:
-    """The meta-gradient with respect to logarithms of learning rates, from one gradient and a displacement.
+) -> Slope:
+    """The slope of a loss along a displacement.
 
     Args:
-        loss: The meta-loss where the training is now; 0-dim.
-        gradients: Its gradient for each parameter.
+        loss: The loss where the training is now; 0-dim.
+        gradients: Its gradient for each parameter; ``None`` for one that it does not depend on.
         displaced: :meth:`Displacement.of`.
         places: For each parameter the index of the offset that its rate belongs to
             (:meth:`~lightning_l2l.LearnedOptimizer.rate_places`).
         like: The offsets; 1-d.
+
+    Example:
+        >>> import torch
+        >>> way, uphill = {"w": torch.tensor([0.3, 0.4])}, {"w": torch.tensor([3.0, 4.0])}
+        >>> found = slope(torch.tensor(1.0), uphill, way, {"w": 0}, torch.zeros(1))
+        >>> round(found.along.item(), 6), round(found.steepest.item(), 6)
+        (2.5, 2.5)
+    """
+    names = [name for name, gradient in gradients.items() if gradient is not None]
+    ways = [displaced[name] for name in names]
+    found = [_given(gradients[name]).to(way) for name, way in zip(names, ways, strict=True)]
+    if not names:
+        zero = torch.zeros_like(like, dtype=torch.float64)
+        return Slope(loss.detach().double(), zero, zero)
+    index = torch.tensor([places[name] for name in names], device=like.device)
+
+    def by_place(values: Sequence[Tensor]) -> Tensor:
+        numbers = torch.stack([value.double() for value in values]).to(like.device)
+        return torch.zeros_like(like, dtype=torch.float64).index_add_(0, index, numbers)
+
+    along = by_place([product.sum(dtype=torch.float64) for product in torch._foreach_mul(found, ways)])
+    squares = [by_place([norm.double().square() for norm in torch._foreach_norm(part)]) for part in (found, ways)]
+    return Slope(loss.detach().double(), along, (squares[0] * squares[1]).sqrt())
+
+
+def displacement(
+    found: Slope, like: Tensor, objective: Objective, steps: int, reason: str = "", training: Slope | None = None
+) -> MetaGradient:
+    """The meta-gradient with respect to logarithms of learning rates, from the slope of the meta-loss.
+
+    Args:
+        found: The slope of the meta-loss.
+        like: The offsets; 1-d.
         objective: ``"log"`` or ``"naive"``: only the present loss is known.
         steps: The memory K; the logarithm is divided by it.
         reason: Why this estimator was chosen, for the diagnostics.
-        training: The loss and the :func:`slopes` of the last training batch, before its step.
+        training: The slope of the last training batch's loss, before its step.
 
     Returns:
         The result, with :attr:`~lightning_l2l.MetaGradient.bounds`.
@@ -156,58 +203,23 @@ def displacement(
     Raises:
         ValueError: An objective that counts other losses than the last one.
         NegativeLossError: The objective takes the logarithm of a negative loss.
-
-    Example:
-        >>> import torch
-        >>> way, uphill = {"w": torch.tensor([0.3, 0.4])}, {"w": torch.tensor([3.0, 4.0])}
-        >>> result = displacement(torch.tensor(1.0), uphill, way, {"w": 0}, torch.zeros(1), "naive", steps=100)
-        >>> round(result.gradients["learning_rate"].item(), 6), round(result.relative()["learning_rate"].item(), 6)
-        (2.5, 1.0)
     """
     if not only_last(objective):
         raise ValueError(f"objective={objective!r} counts losses on the way, and a displacement knows only the last.")
     tally = Tally(objective, steps, None)
     if training is not None:
-        tally.diverged(training[0])
-    factor, _ = tally.add(steps, loss, torch.zeros((), dtype=torch.float64, device=loss.device))
-    found = slopes(gradients, displaced, places, like)
-    result = tally.result("displacement", reason, {"learning_rate": (found * factor).to(like)}, math.nan)
-    lengths = [_squares(tensors, places, like).sqrt() for tensors in (gradients, displaced)]
-    bounds = {"learning_rate": (lengths[0] * lengths[1] * factor.abs()).to(like)}
-    said = {} if training is None else {"learning_rate": training[1].to(like)}
+        tally.diverged(training.loss)
+    factor, _ = tally.add(steps, found.loss, torch.zeros_like(found.loss))
+    factor = factor.to(like.device)
+    result = tally.result("displacement", reason, {"learning_rate": (found.along * factor).to(like)}, math.nan)
+    bounds = {"learning_rate": (found.steepest * factor.abs()).to(like)}
+    said = {} if training is None else {"learning_rate": training.along.to(like)}
     return replace(result, bounds=bounds, diagnostics=replace(result.diagnostics, training_gradients=said))
 
 
 def only_last(objective: Objective) -> bool:
     """Whether the meta-objective counts the loss after the last step alone."""
     return set(objective_weights(objective, 2)) == {2}
-
-
-def slopes(
-    gradients: Mapping[str, Tensor | None], displaced: Mapping[str, Tensor], places: Mapping[str, int], like: Tensor
-) -> Tensor:
-    """Inner products of gradients and displacement, one for each offset; float64, in the shape of ``like``."""
-    names = [name for name, gradient in gradients.items() if gradient is not None and name in displaced]
-    ways = [displaced[name] for name in names]
-    products = torch._foreach_mul(
-        [_given(gradients[name]).to(way) for name, way in zip(names, ways, strict=True)], ways
-    )
-    return _at_places({name: p.sum(dtype=torch.float64) for name, p in zip(names, products, strict=True)}, places, like)
-
-
-def _squares(tensors: Mapping[str, Tensor | None], places: Mapping[str, int], like: Tensor) -> Tensor:
-    names = [name for name, tensor in tensors.items() if tensor is not None]
-    norms = torch._foreach_norm([_given(tensors[name]) for name in names])
-    return _at_places({name: norm.double().square() for name, norm in zip(names, norms, strict=True)}, places, like)
-
-
-def _at_places(values: Mapping[str, Tensor], places: Mapping[str, int], like: Tensor) -> Tensor:
-    """Sums of the numbers that belong to the same offset."""
-    total = torch.zeros_like(like, dtype=torch.float64)
-    if not values:
-        return total
-    index = torch.tensor([places[name] for name in values], device=like.device)
-    return total.index_add_(0, index, torch.stack(list(values.values())).to(like.device))
 
 
 def _given(tensor: Tensor | None) -> Tensor:
