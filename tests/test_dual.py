@@ -13,7 +13,7 @@ from lightning_l2l.core.inner import inner_optimizer, mirror, read_state, regist
 from lightning_l2l.core.inner.dual import Dual
 from lightning_l2l.core.inner.rule import Rule
 from lightning_l2l.core.inner_step import InnerStep
-from lightning_l2l.core.neighbours import end_to_end, mapped, merged
+from lightning_l2l.core.neighbours import mapped, merged
 from lightning_l2l.core.update_derivative import Movement, UpdateDerivative
 from lightning_l2l.optimizers import LearnedHyperparameters
 
@@ -156,7 +156,6 @@ def test_functions_of_merged_tensors_are_those_of_each(shapes, random, together)
     found = mapped(tensors, lambda vectors: [vector * 2 for vector in vectors])
     for left, right in zip(found, tensors, strict=True):
         assert torch.equal(left, right * 2) and left.shape == right.shape
-    assert torch.equal(end_to_end(tensors), torch.cat([tensor.reshape(-1) for tensor in tensors]))
     assert sum(vector.numel() for vector in merged(tensors)) == sum(tensor.numel() for tensor in tensors)
     if together:
         assert len([vector for vector in merged(tensors) if vector.numel()]) <= 1
@@ -168,4 +167,4 @@ def test_tensors_of_different_storages_are_never_merged_even_side_by_side():
     alone = torch.frombuffer(bytearray(8), dtype=torch.float32)
     assert len(merged([first, alone])) == 2
     transposed = torch.arange(6.0).view(2, 3).t()
-    assert torch.equal(end_to_end([transposed, alone]), torch.cat([transposed.reshape(-1), alone]))
+    assert len(merged([transposed, alone])) == 2

@@ -12,18 +12,6 @@ import torch
 from torch import Tensor
 
 
-def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
-    """The elements of tensors without history in one vector: a view if they are neighbours in this order, else a copy.
-
-    Example:
-        >>> whole = torch.arange(6.0)
-        >>> end_to_end([whole[:4].view(2, 2), whole[4:]]).data_ptr() == whole.data_ptr()
-        True
-    """
-    runs = _runs(tensors)
-    return _vector(runs[0]) if len(runs) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
 def merged(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The elements of tensors without history in as few vectors as possible without a copy, in any order."""
     return [_vector(run) for run in _runs(sorted(tensors, key=Tensor.data_ptr))]

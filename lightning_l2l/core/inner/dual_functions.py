@@ -110,7 +110,7 @@ def _joined(join: Callable[[list[Tensor]], Tensor], duals: Sequence[Any]) -> Dua
 
 def joined(tensors: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
     """Several tensors made one (concatenated, stacked); duals if any of them is."""
-    if any(isinstance(tensor, Dual) for tensor in tensors):
+    if any([isinstance(tensor, Dual) for tensor in tensors]):
         return _joined(join, tensors)
     return join(list(tensors))
 

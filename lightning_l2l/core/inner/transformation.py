@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from lightning_l2l.core.inner.concatenation import buckets, updated
+from lightning_l2l.core.inner.buckets import buckets
+from lightning_l2l.core.inner.concatenation import updated
 from lightning_l2l.core.inner.rule import Rule
 
 GroupValues = Mapping[str, "Tensor | Mapping[str, Tensor]"]
@@ -128,28 +129,19 @@ class InnerOptimizer:
             gradients: By name; without one a parameter stays.
             state: By name.
         """
-        moved, new_state = self._moved(self._checked(values), parameters, gradients, state, apply=True)
-        return {name: parameters[name] if new is None else new for name, new in moved.items()}, new_state
+        return self._moved(self._checked(values), parameters, gradients, state, apply=True)
 
     def _moved(
         self, replacements: Sequence[GroupValues], parameters: Any, gradients: Any, state: Any, *, apply: bool
     ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        results: dict[str, Any] = dict.fromkeys(parameters)
+        results: dict[str, Any] = dict(parameters) if apply else dict.fromkeys(parameters)
         new_state = dict(state)
         for group, replacement in zip(self.groups, replacements, strict=True):
             settings = {**self.rule.defaults, **group.hyperparameters, **replacement}
-            for names in buckets(self.rule, _members(group, parameters), parameters, gradients, state):
-                moved = updated(
-                    self.rule,
-                    settings,
-                    names,
-                    [parameters[name] for name in names],
-                    [gradients[name] for name in names],
-                    [state.get(name, {}) for name in names],
-                    apply=apply,
-                )
-                for name, (result, entries) in zip(names, moved, strict=True):
-                    results[name], new_state[name] = result, entries
+            for bucket in buckets(self.rule, _members(group, parameters), parameters, gradients, state):
+                moved, entries = updated(self.rule, settings, bucket, apply=apply)
+                results.update(zip(bucket.names, moved, strict=True))
+                new_state.update(zip(bucket.names, entries, strict=True))
         return results, new_state
 
     def _checked(self, values: Sequence[GroupValues] | None) -> Sequence[GroupValues]:
