@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import MemoryLogger, Plain, Rich, TiedAndFrozen, Witness, learner, loaders, observer, sgd
@@ -248,3 +249,31 @@ def test_frozen_tied_and_foreign_parameters_are_left_to_the_run(trainer: Any) ->
     changed = {name for name, value in module.named_parameters() if not torch.equal(value, before[name])}
     assert changed == {"net.0.weight", "net.0.bias", "net.2.bias", "net.5.weight", "net.5.bias"}
     assert module.net[0].weight is module.net[2].weight
+
+
+def test_what_is_logged_is_what_the_module_would_log(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shown(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def on_train_batch_end(self, fitted: Any, module: Any, *_: Any) -> None:
+            module.log("neighbour", float(fitted.global_step), on_step=True, on_epoch=True)
+            self.seen.append({**fitted.callback_metrics, **fitted.progress_bar_metrics})
+
+        def on_train_epoch_end(self, fitted: Any, module: Any) -> None:
+            self.seen.append(dict(fitted.callback_metrics))
+
+    def fit() -> list[Any]:
+        logger, shown = MemoryLogger(), Shown()
+        torch.manual_seed(0)
+        callbacks = (learner(meta_learning_rate=0.2), shown)
+        trainer(*callbacks, logger=logger, max_epochs=3, log_every_n_steps=2).fit(Plain(sgd(0.1)), **loaders())
+        assert any("l2l/meta_objective" in row for row in logger.rows)
+        return [{key: float(value) for key, value in row.items()} for row in [*logger.rows, *shown.seen]]
+
+    direct = fit()
+    monkeypatch.setattr(
+        "lightning_l2l.host.report.log_on_step",
+        lambda _, module, name, value, prog_bar: module.log(name, value, prog_bar=prog_bar, on_step=True),
+    )
+    assert str(direct) == str(fit())  # as text, since a number may be NaN

@@ -15,6 +15,7 @@ from lightning_l2l.core.initial_search import SearchResult
 from lightning_l2l.core.result import MetaGradient
 from lightning_l2l.core.signals import RECENT, agreement, excess_growth, overfits, signal_to_noise
 from lightning_l2l.host.settings import Settings
+from lightning_l2l.host.trainer import log_on_step
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -74,7 +75,7 @@ def log(trainer: pl.Trainer, module: pl.LightningModule, values: dict[str, float
     # float32 is what Lightning logs in; the double keeps the rate that was applied to the last bit.
     dtype = torch.float32 if module.device.type == "mps" else torch.float64
     for name, value in values.items():
-        module.log(name, torch.tensor(value, dtype=dtype), prog_bar=prog_bar, on_step=True)
+        log_on_step(trainer, module, name, torch.tensor(value, dtype=dtype), prog_bar)
 
 
 def by_group(name: str, values: Sequence[float], groups: Sequence[dict[str, Any]]) -> dict[str, float]:

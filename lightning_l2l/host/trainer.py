@@ -134,3 +134,22 @@ def changes_averaging(strategy: Any) -> bool:
 def is_stub(optimizer: Any) -> bool:
     """Whether ``configure_optimizers`` returned nothing and Lightning put its stand-in there."""
     return type(optimizer).__name__ == "_MockOptimizer"
+
+
+def log_on_step(
+    trainer: pl.Trainer, module: pl.LightningModule, name: str, value: torch.Tensor, prog_bar: bool
+) -> None:
+    """``module.log(name, value, prog_bar=prog_bar, on_step=True)``, at a tenth of the cost where the name is known.
+
+    Lightning 2.6.6 copies all that a metric holds each time that one is logged, to move it where the value is: 0.35 ms,
+    a sixth of a training step of a small network.
+    """
+    connector, results, hook = trainer._logger_connector, trainer._results, module._current_fx_name
+    key = f"{hook}.{name}"
+    if results is None or hook is None or key not in results:
+        module.log(name, value, prog_bar=prog_bar, on_step=True)
+        return
+    if connector.should_reset_tensors(hook):  # the first one of this hook in an epoch
+        results.reset(metrics=False, fx=hook)
+    results.update_metrics(key, value, 1)  # the size of the batch matters to means over an epoch only
+    connector._current_fx = hook
