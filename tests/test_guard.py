@@ -318,13 +318,13 @@ def test_resume_equals_uninterrupted_across_a_rollback(trainer: Any, tmp_path: P
 def test_the_snapshot_is_of_a_calm_state(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One taken in the middle of an explosion would be gone back to in vain."""
     taken: list[int] = []
-    original = Snapshot.__init__
+    original = Snapshot.take
 
     def spy(self: Any, module: Any, optimizer: Any) -> None:
         taken.append(module.global_step)
         original(self, module, optimizer)
 
-    monkeypatch.setattr(Snapshot, "__init__", spy)
+    monkeypatch.setattr(Snapshot, "take", spy)
     fit(trainer, Network(sgd(0.1)), guarded(), max_epochs=5)
     assert taken == [0, 10, 20, 30]
     taken.clear()

@@ -42,6 +42,24 @@ def test_everything_comes_back(make: Any, steps_before: int) -> None:
     assert all(one is two for one, two in zip(tensors, module.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
+def test_taking_a_snapshot_again_is_taking_a_new_one_in_the_same_memory(make: Any) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = make(module.parameters(), lr=0.1, **({"momentum": 0.9} if make is torch.optim.SGD else {}))
+    snapshot = Snapshot(module, optimizer)  # without a state
+    memory = {name: tensor.data_ptr() for name, tensor in [*snapshot.parameters.items(), *snapshot.buffers.items()]}
+    for batch in torch.randn(3, 8, 3):
+        step(module, optimizer, batch)
+        snapshot.take(module, optimizer)
+    before = contents(module, optimizer)
+    assert memory == {n: tensor.data_ptr() for n, tensor in [*snapshot.parameters.items(), *snapshot.buffers.items()]}
+    step(module, optimizer, torch.randn(8, 3))
+    snapshot.restore(module, optimizer)
+    after = contents(module, optimizer)
+    assert len(before) == len(after) and all(one.equal(two) for one, two in zip(before, after, strict=True))
+
+
 def test_a_state_of_another_shape_is_replaced() -> None:
     module = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)

@@ -145,7 +145,10 @@ class DivergenceGuard:
             before, now = self._compared(judges(), self._snapshot)
             if not self._all(is_better(before.losses, now.losses)):
                 return
-        self._snapshot = Snapshot(self._module, live_optimizer(self._trainer))
+        if self._snapshot is None:
+            self.keep_first()
+        else:
+            self._snapshot.take(self._module, live_optimizer(self._trainer))
         self._since_snapshot = 0
 
     def _any(self, decision: bool) -> bool:
