@@ -106,8 +106,8 @@ class DivergenceGuard:
             What was done, in words; nothing if nothing was.
         """
         if self._losses:
-            total = sum(self._losses[1:], self._losses[0])
-            self._pending.append(total * (self._trainer.accumulate_grad_batches / len(self._losses)))
+            total, share = sum(self._losses[1:], self._losses[0]), self._trainer.accumulate_grad_batches
+            self._pending.append(total if share == len(self._losses) else total * (share / len(self._losses)))
         self._losses = []
         if self._snapshot is None or self.rollbacks >= _MOST_ROLLBACKS or not (due or self._looks_at_every_step):
             return ""
@@ -115,8 +115,9 @@ class DivergenceGuard:
             self._watch.see(loss)
         self._pending = []
         if due:  # the gradients of the last step are still there
-            parameters, _ = owned_tensors(self._module, live_optimizer(self._trainer))
-            self._watch.see_zeros(zero_share([parameter.grad for parameter in parameters.values()]))
+            groups = live_optimizer(self._trainer).param_groups
+            moved = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+            self._watch.see_zeros(zero_share([parameter.grad for parameter in moved]))
         # One process's bad news are everybody's.
         if not self._any(self._watch.suspicious):
             return ""
