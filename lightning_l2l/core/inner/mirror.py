@@ -144,11 +144,13 @@ def read_state(
             for key, value in optimizer.state.get(parameter, {}).items():
                 if value is None:  # SGD's momentum_buffer before the first step
                     continue
-                if isinstance(value, Tensor):
-                    value = value.detach().clone() if copy else value.detach()
-                entries[key] = value
-                if key in _COUNTERS:
-                    waiting.append((name, key, torch.as_tensor(value).detach().reshape(())))
+                if key not in _COUNTERS:
+                    entries[key] = _taken(value, copy) if isinstance(value, Tensor) else value
+                elif isinstance(value, Tensor) and value.device.type != "cpu":
+                    entries[key] = 0  # its place in the order of the keys
+                    waiting.append((name, key, value.detach().reshape(())))
+                else:
+                    entries[key] = _COUNTERS[key](value)
     # All counters of a device at once, as each reading of a single one would wait for it.
     for device in {value.device for _, _, value in waiting}:
         here = [item for item in waiting if item[2].device == device]
@@ -156,6 +158,12 @@ def read_state(
         for (name, key, _), number in zip(here, numbers, strict=True):
             state[name][key] = _COUNTERS[key](number)
     return state
+
+
+def _taken(value: Tensor, copy: bool) -> Tensor:
+    if copy:
+        return value.detach().clone()
+    return value.detach() if value.requires_grad else value
 
 
 def _rule_of(cls: type[torch.optim.Optimizer]) -> Rule:
