@@ -192,7 +192,7 @@ MUTATIONS = {
         dual_functions._lerp, "torch.lerp(da, db, weight)", "torch.lerp(db, da, weight)", "differences: Adam, forward"
     ),
     "derivative of a square": Mutation(dual_functions._addcmul, "2 * value", "value", "differences: Adam, forward"),
-    "derivative of the square root": Mutation(Dual.square_root, "alpha=2", "alpha=1", "differences: Adam, forward"),
+    "derivative of the square root": Mutation(Dual.square_root, "0.5 /", "1.0 /", "differences: Adam, forward"),
     "guard of the square root's derivative at zero": Mutation(
         rule.square_root, "(tensor + zero).sqrt() * (1 - zero)", "tensor.sqrt()", "differences: Adam, reverse"
     ),
