@@ -309,7 +309,7 @@ def test_concatenation_equals_the_loop_over_tensors(case, monkeypatch):
     given = gradients(net, parameters, batches(1)[0])
     results = []
     for largest in (-1, 10**6):
-        monkeypatch.setattr(buckets_module, "_LARGEST_CONCATENATED", largest)
+        monkeypatch.setattr(buckets_module, "LARGEST_CONCATENATED", largest)
         for values in (None, tensor_values(inner, False), tensor_values(inner, True)):
             results.append(inner.transformation(values).update(given, state, params=parameters))
     for looped, joined in zip(results[:3], results[3:], strict=True):

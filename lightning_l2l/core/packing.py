@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from lightning_l2l.core.inner.concatenation import _LARGEST_CONCATENATED, _portions
+from lightning_l2l.core.inner.buckets import LARGEST_CONCATENATED, portions
 
 Tensors = dict[str, Tensor]
 States = Mapping[str, Mapping[str, Any]]
@@ -105,7 +105,9 @@ class Packing:
                 found.setdefault((place, _kind(name, parameters[name], state.get(name, {}))), []).append(name)
         packs = {}
         for bucket in found.values():
-            for portion in _portions(bucket, parameters):
+            sizes = [parameters[name].numel() for name in bucket]
+            for places in portions(list(range(len(bucket))), sizes):
+                portion = [bucket[place] for place in places]
                 tensors = [parameters[name] for name in portion]
                 shapes = tuple([torch.empty_like(tensor, device="meta") for tensor in tensors])
                 packs[portion[0]] = Pack(tuple(portion), shapes, tuple([tensor.numel() for tensor in tensors]))
@@ -149,7 +151,7 @@ class Packing:
 def _kind(name: str, parameter: Tensor, entries: Mapping[str, Any]) -> Hashable:
     """Equal for tensors that may lie end to end; a large one gains nothing from it, and pays for the copies."""
     # A tensor with strides of its own keeps them: other kernels would run on a copy in another order.
-    if parameter.numel() > _LARGEST_CONCATENATED or not parameter.is_contiguous() or parameter.is_complex():
+    if parameter.numel() > LARGEST_CONCATENATED or not parameter.is_contiguous() or parameter.is_complex():
         return name
     tensors = [value for value in entries.values() if isinstance(value, Tensor)]
     if any(tensor.shape != parameter.shape for tensor in tensors):

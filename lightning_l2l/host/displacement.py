@@ -165,7 +165,7 @@ class DisplacementSteps:
 
     def after_step(self) -> None:
         """The optimizer has stepped."""
-        if self._way is None or self._way.step():  # finding the parameters takes longer than looking at a few
+        if self._way is not None and self._way.step():  # finding the parameters takes longer than looking at a few
             self._follow().look(self._owned())
 
     def needs_judge(self, *, is_time: bool) -> bool:

@@ -15,7 +15,7 @@ from lightning_l2l.core.inner.rule import Rule, is_tensor
 
 # In elements. Larger tensors gain nothing from being concatenated, they only pay the copy; a larger concatenation
 # leaves the cache. Measured on one CPU core, 100 to 500 tensors, with and without a graph.
-_LARGEST_CONCATENATED = 16_384
+LARGEST_CONCATENATED = 16_384
 _LARGEST_CONCATENATION = 262_144
 
 
@@ -59,7 +59,7 @@ def buckets(
         [parameter.shape for parameter in own],
     )
     sizes = [shape.numel() for shape in everything.shapes]
-    largest = _LARGEST_CONCATENATED if rule.elementwise else -1
+    largest = LARGEST_CONCATENATED if rule.elementwise else -1
     dtypes, layouts = [parameter.dtype for parameter in own], [gradient.layout for gradient in everything.gradients]
     _refuse_unsupported(names, dtypes, layouts)
     columns = [
@@ -73,7 +73,7 @@ def buckets(
     for place, (key, shape) in enumerate(zip(_keys(columns), everything.shapes, strict=True)):
         found.setdefault(key, {}).setdefault(shape, []).append(place)
     for by_shape in found.values():
-        for places in _portions([place for alike in by_shape.values() for place in alike], sizes):
+        for places in portions([place for alike in by_shape.values() for place in alike], sizes):
             yield Bucket._make([[column[place] for place in places] for column in everything])
 
 
@@ -99,7 +99,7 @@ def _is_uniform(column: Sequence[Any]) -> bool:
     return not column or column.count(column[0]) == len(column)
 
 
-def _portions(places: list[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+def portions(places: list[int], sizes: Sequence[int]) -> Iterator[list[int]]:
     """A bucket in pieces that stay in the cache, and small enough for the allocator to reuse their memory."""
     begin = elements = 0
     for end, place in enumerate(places):
