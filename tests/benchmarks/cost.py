@@ -5,7 +5,8 @@
 (a) One exact meta-gradient of the step size (SGD with momentum) of a 128-wide and a 1024-wide MLP, over the time of the
     same number of plain training steps. higher and JAX take part where they are installed; JAX is compared with its own
     training, after compiling.
-(b) A whole Lightning fit with the callback at default settings, after the initial search, over the same fit without.
+(b) A whole Lightning fit with the callback at default settings and held-out batches of the training's size, after the
+    initial search, over the same fit without.
 (c) Throughput of meta-training (``meta_training.py``, which also measures its memory).
 (memory) Peak of a fresh process above its start, 256-wide MLP; on Linux.
 (mirror) One step of the mirror, new parameters and new state, over one step of torch.optim in place (``foreach``), for
@@ -37,7 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import meta_training
-from fits import MODELS, seconds
+from fits import MODELS, examples, seconds
 from peers import JAX, PEERS, Problem, plain
 
 from lightning_l2l import LearnToLearn
@@ -45,7 +46,7 @@ from lightning_l2l.core.inner import mirror, read_state
 
 # (width, batch size, numbers of steps)
 SIZES = ((128, 128, (5, 20, 100, 400)), (1024, 512, (20,)))
-FITS: dict[str, dict[str, Any]] = {"default": {}, "looking ahead": {"estimator": "forward"}}
+FITS: dict[str, dict[str, Any]] = {"default": {}, "exact, three live steps": {"estimator": "live"}}
 PARTS = ("a", "b", "c", "memory", "mirror")
 MEMORY_STEPS = {"ours, forward": (10, 100, 400, 5000), "torchopt.MetaSGD": (10, 100, 400), "higher": (10, 100, 400)}
 
@@ -92,7 +93,7 @@ def part_b(rounds: int) -> list[dict[str, Any]]:
     for model in MODELS:
         with_callback = {
             name: lambda options=options, model=model: seconds(
-                model, LearnToLearn(meta_data="train", initial_search=False, **options)
+                model, LearnToLearn(meta_data=examples(model, seed=1), initial_search=False, **options)
             )
             for name, options in FITS.items()
         }

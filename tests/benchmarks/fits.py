@@ -81,16 +81,23 @@ class Classifier(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
+def examples(model: str, seed: int) -> DataLoader:
+    """Batches of what nobody can learn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (1024,), generator=generator)
+    if model == "transformer":
+        return DataLoader(TensorDataset(torch.randint(64, (1024, 32), generator=generator), labels), 64, shuffle=True)
+    return DataLoader(TensorDataset(torch.randn(1024, 256, generator=generator), labels), 64, shuffle=True)
+
+
 def seconds(model: str, *callbacks: pl.Callback) -> float:
     """Processor time of a fit of ``STEPS`` steps."""
     torch.manual_seed(0)
-    inputs = torch.randint(64, (1024, 32)) if model == "transformer" else torch.randn(1024, 256)
-    data = TensorDataset(inputs, torch.randint(10, (1024,)))
     trainer = pl.Trainer(
         max_steps=STEPS, callbacks=list(callbacks), accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     module = Classifier(MODELS[model]())
     begun = time.process_time()
-    trainer.fit(module, DataLoader(data, 64, shuffle=True))
+    trainer.fit(module, examples(model, seed=0))
     return time.process_time() - begun
