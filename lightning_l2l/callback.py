@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class LearnToLearn(pl.Callback):
     """Learns the learning rate (or other hyperparameters) of any LightningModule during its own training.
 
-    Every ``every_n_steps`` optimizer steps it asks how the loss on a held-out batch would differ, had the learning rate
-    been a little different during the last ``unroll_steps`` steps, and moves the logarithm of the rate along that exact
-    derivative. Before training, a short range test finds a rate to start from; a run that is lost is taken back.
-    Module, optimizer, schedulers and data stay yours.
+    Every ``every_n_steps`` optimizer steps it asks a held-out batch whether the way of the last hundred steps came
+    uphill: if it did, the steps were too long and the rate falls, otherwise it rises. Before training, a range test
+    finds a rate to start from; a run that is lost is taken back. Module, optimizer, schedulers and data stay yours.
 
     **When it helps.** You do not know a good learning rate, or one constant rate is not good all the way. **What it
-    costs**: docs, "benchmarks"; the range test is 5 % of the steps. **What it does not do**: it needs automatic
+    costs**: one held-out gradient per meta-update, and 5 % of the steps for the range test (docs, "benchmarks"). With
+    other hyperparameters to learn, exact derivatives over a few steps. **What it does not do**: it needs automatic
     optimization, a single device or DDP, and an optimizer with a mirror (SGD, Adam, AdamW, NAdam, RAdam, RMSprop,
     Adagrad); everything that is refused is refused before training, with the reason.
 
@@ -47,7 +47,8 @@ class LearnToLearn(pl.Callback):
         learned: What is learned. ``None``: ``LearnedStepSize(per="group")``, one factor on the scheduled
             rate of each parameter group. It is a template: each fit learns on a copy, :attr:`learned`. Leave it out
             where the optimizer is itself a learned one (``as_torch_optimizer``): that one is trained on, in place.
-        unroll_steps: Training steps K that a meta-gradient covers.
+        unroll_steps: Training steps K that a meta-gradient covers; for ``"displacement"`` the memory, by which a step
+            has faded to ``1 / e`` (at least 2). ``None``: 100 there, 3 for the others, whose cost grows with it.
         every_n_steps: Optimizer steps from one meta-update to the next, at first. A run that is known to be shorter
             than two of these makes its updates correspondingly more often, at least one.
         objective: The meta-objective: ``"log"`` (of the loss after K steps, divided by K), ``"naive"`` (that loss), or
@@ -55,10 +56,10 @@ class LearnToLearn(pl.Callback):
         meta_data: What the meta-objective is evaluated on: the Trainer's (first) validation loader (``"val"``),
             training batches (``"train"``), or a loader of batches that your ``training_step`` can take. Data that you
             report results on should be none of these.
-        estimator: How the meta-gradient is computed. ``"live"``: along the training steps themselves, at two thirds of
-            the cost; what a look-ahead would say ``unroll_steps`` ago. The others look ahead on a copy, see
-            :func:`lightning_l2l.meta_gradient`. ``"auto"``: live for one or two numbers to learn, where the module's
-            own graph can be differentiated twice unnoticed (no compiled code, fused attention or backward hooks).
+        estimator: ``"displacement"``: the held-out gradient along the way of the last K steps; no curvature, a long
+            horizon. ``"live"``: exact, along K training steps. The others look ahead on a copy
+            (:func:`lightning_l2l.meta_gradient`). ``"auto"``: displacement for learning rates alone under ``"log"`` or
+            ``"naive"``; else live for one or two numbers, where the graph can be differentiated twice; else ahead.
         meta_learning_rate: The most that the logarithm of a rate falls in one meta-update, roughly (a rise is a
             quarter as long; see :class:`~lightning_l2l.core.meta_optimizer.MetaOptimizer`); 0 only observes.
         initial_search: Start from a rate found by a range test, whatever the optimizer was given.
@@ -69,8 +70,8 @@ class LearnToLearn(pl.Callback):
             weights, buffers and optimizer state back to the last good snapshot and cut the rate. Keeps one copy of
             these. Not with ``meta_learning_rate=0``.
         seed: Seed of everything that the callback draws; it never touches the global random numbers.
-        carry: With the live estimator, the part of a window's tangent that the next window starts with: a longer memory
-            for one more Hessian-vector product per window.
+        carry: With the live estimator alone, the part of a window's tangent that the next one starts with: a longer
+            memory for one more Hessian-vector product per window.
         interval_growth: Later, the part of the steps so far that lies between two meta-updates; 0 for equal intervals.
 
     Raises:
@@ -197,7 +198,7 @@ class LearnToLearn(pl.Callback):
             self._running.source.rehearse()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
-        """Let the live estimator see the loss before its graph is used up."""
+        """Let an estimator that follows the training see the loss before its graph is used up."""
         self._running.source.see_loss(loss)
 
     def on_before_optimizer_step(

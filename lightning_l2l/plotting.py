@@ -74,8 +74,8 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 4.3, height: f
 def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
     """The learning rates and the meta-objective of a run, over its training steps.
 
-    A cross at the bottom marks a meta-update without a gradient to apply (``diagnostics["note"]`` says why): the
-    look-ahead had diverged or left the number range, the training was taken back, a batch was skipped. Below are the
+    A cross at the bottom marks a meta-update without a gradient to apply (``diagnostics["note"]`` says why): a loss had
+    diverged or left the number range, the training was taken back, a batch was skipped. Below are the
     signals (docs, "reading the signals"), once there are any. What cannot be drawn, such as an infinite objective, is
     left out.
 

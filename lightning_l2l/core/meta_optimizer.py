@@ -34,6 +34,10 @@ class MetaOptimizer(torch.optim.Optimizer):
     **Why the caution.** A rate that is too small loses time until the next update; one that is too large may lose the
     run. Its price: where there is no signal at all, the rate falls slowly.
 
+    Where the largest possible size of a meta-gradient is known, ``LearnToLearn`` gives its quotient by that
+    (:meth:`~lightning_l2l.MetaGradient.relative`): a cosine, so that within the recent scale, too, no single batch with
+    a large loss outweighs its neighbours.
+
     A meta-parameter may grow between two updates (a parameter group was added); the new entries start without
     memory. The state is plain tensors in the meta-parameter's shape: ``average``, ``mean_square``, ``updates``.
 

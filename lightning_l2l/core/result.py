@@ -17,7 +17,8 @@ class Diagnostics:
     Attributes:
         estimator: The estimator that was used, e.g. ``"forward"``.
         reason: Why it was chosen.
-        losses: Loss of each inner step on its own batch, before the step; shape ``[steps]``, float64, on the CPU.
+        losses: Loss of each inner step on its own batch, before the step; shape ``[steps]``, float64, on the CPU. Empty
+            for ``"displacement"``, which looks at no single step.
         overflow: A loss, or the meta-gradient, left the number range upwards (or became NaN).
         underflow: The meta-loss is exactly zero, so its logarithm does not exist.
         truncated_step: The first step (from 1) whose loss was not finite, ``None`` if there was none. The
@@ -25,7 +26,7 @@ class Diagnostics:
         growth_rate: Natural logarithm of the factor per step by which the derivative of the parameters with
             respect to the meta-parameters (forward) or the adjoint (reverse) grows: an estimate of the largest
             Lyapunov exponent. Above zero, the meta-gradient explodes with the number of steps. NaN for fewer than
-            two steps.
+            two steps, and for ``"displacement"``, which leaves curvature out.
         standard_error: For estimators that sample: the standard error of each meta-gradient, by meta-parameter.
             Empty for exact ones.
         notes: Further remarks, e.g. how particles were computed.

@@ -24,7 +24,9 @@ def signal_to_noise(gradients: Rows) -> float:
 
     With ``m`` the mean sign of an entry over ``n`` meta-gradients and ``R`` the root mean square of ``m`` over the
     entries, this is ``R / sqrt(1 - R**2 + 1 / n)``: about 0.3 where signs are a matter of luck, above 1 where most
-    agree, ``sqrt(n)`` where all do. Near the best rate it is low by right: there the expected gradient is zero.
+    agree, ``sqrt(n)`` where all do. Near the best rate it is low by right: there the expected gradient is zero. What
+    luck gives is for meta-gradients that know nothing of each other. Those by a displacement whose memory is longer
+    than the interval share most of their steps, and agree more often.
 
     Args:
         gradients: The last meta-gradients, oldest first; those that are not finite, or of another length than the last,
@@ -69,8 +71,9 @@ def overfits(held_out: Rows, training: Rows) -> bool:
     """Whether training batches ask for larger learning rates against held-out ones that ask for smaller ones.
 
     For meta-gradients with respect to logarithms of learning rates. Of the last twenty pairs, three in four have to be
-    opposite, with the held-out ones positive in three of four. (Pairs that are a matter of luck look like this once in
-    a thousand windows. Measured: docs, "reading the signals".)
+    opposite, with the held-out ones positive in three of four. (Independent pairs that are a matter of luck look like
+    this once in a thousand windows. Measured with live windows: docs, "reading the signals". Pairs by a displacement
+    with a long memory are not independent.)
 
     Args:
         held_out: The last meta-gradients by held-out batches, oldest first.

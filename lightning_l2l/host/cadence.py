@@ -9,7 +9,7 @@ class Cadence:
     """The optimizer steps with a meta-update: at multiples of an interval, and more and more seldom.
 
     The next one is about a fraction ``growth`` of the steps so far away. What is right for a part of the run is still
-    about right a tenth of it later, and a meta-update costs several training steps. Which steps these are follows from
+    about right a little later, and a meta-update costs a training step or several. Which steps these are follows from
     their number alone, so a resumed run goes on as it would have.
 
     Args:

@@ -131,7 +131,7 @@ class DivergenceGuard:
         return self._module.device.type == "cpu" and self._processes is None
 
     def all_is_well(self, judges: Callable[[], list[Window]]) -> None:
-        """A look-ahead from here went well: keep this state, unless the losses of the run say otherwise.
+        """A meta-gradient here was usable: keep this state, unless the losses of the run say otherwise.
 
         After a rollback, or where the losses are above the first one, the new state has to be better than the one that
         is kept, on the same batches: a network that is damaged may train calmly.

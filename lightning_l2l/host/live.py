@@ -65,7 +65,7 @@ def live_obstacle(
 
 
 def prefers_live(learned: LearnedOptimizer) -> bool:
-    """Whether ``estimator="auto"`` should be live where nothing is in its way."""
+    """Whether ``estimator="auto"`` should be live where a displacement does not do and nothing is in its way."""
     return scalars(learned) <= LARGEST_FORWARD
 
 

@@ -1,4 +1,4 @@
-"""Where the run's meta-gradients come from: its own steps, or a look ahead, and the batches that either needs."""
+"""Where the run's meta-gradients come from: its own steps, or a look ahead, and the batches that these need."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ class MetaGradientSource:
     def _along_training(
         self, learned: LearnedOptimizer, applied: AppliedValues | LearnedInPlace
     ) -> DisplacementSteps | LiveSteps | None:
-        """What follows the run's own steps; ``None`` to look ahead."""
+        """What follows the run's own steps; ``None`` to look ahead.
+
+        By itself: the displacement, where it can say what is asked; else live steps, where there are one or two numbers
+        to learn and the graph can be differentiated twice.
+        """
         asked, by_itself = self._settings.estimator, self._settings.estimator == "auto"
         if asked == "displacement" or by_itself:
             obstacle = displacement_obstacle(learned, applied, self._settings)
@@ -101,7 +105,8 @@ class MetaGradientSource:
     def rehearse(self) -> None:
         """What a meta-update does, on the first batch, before the first real step, so that what fails fails now.
 
-        A look-ahead of two steps, since only the second one needs the second derivative.
+        With the displacement a judgement of the start; else a look-ahead of two steps, since only the second one needs
+        the second derivative.
         """
         if not self._rehearsed:
             window = self._windows.unfinished()

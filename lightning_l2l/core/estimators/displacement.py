@@ -17,9 +17,10 @@ ahead, as in iterate averaging, and the rate is too large. (Without curvature th
 step-size adaptation: IDBD, Sutton, AAAI 1992; MetaOptimize, Sharifnassab, Salehkaleybar, Sutton, ICML 2025. These take
 training gradients.)
 
-Exact if the gradients do not depend on the parameters. In a direction of curvature ``h`` the true tangent forgets by
-itself, at ``alpha * h`` per step; what is left out matters where that is faster than ``1 / K``, and there both have the
-sign of the noise's cost. What it is worth is measured: docs, "benchmarks".
+Exact if the gradients (and decays) do not depend on the parameters: for a change of the rate in all steps as long as
+the average is still the start, later for one that fades into the past. In a direction of curvature ``h`` the true
+tangent forgets by itself, at ``alpha * h`` per step; what is left out matters where that is faster than ``1 / K``, and
+there both have the sign of the noise's cost. What it is worth is measured: docs, "benchmarks".
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Displacement:
 
     Args:
         parameters: What the optimizer moves, by name, where the training starts.
-        memory: The number of steps K after which a step's part has fallen to ``1 / e``; until then all count alike.
+        memory: The number of steps K after which a step's part has fallen to ``1 / e``; until then the average is the
+            plain mean of all places, the start included. At least 2: with 1 the average is where they are.
 
     Example:
         >>> import torch
