@@ -44,6 +44,8 @@ def displacement_obstacle(
             f"{type(learned).__name__} learns something else than factors on the learning rates, or the optimizer's "
             "steps are not known to be proportional to its rate"
         )
+    if settings.unroll_steps == 1:
+        return "unroll_steps=1 leaves no memory: the average of past parameters would be the present ones"
     if not only_last(settings.objective):
         return f"objective={settings.objective!r} counts losses on the way, and a displacement knows only the last"
     return ""
@@ -122,8 +124,11 @@ class DisplacementSteps:
 
     def _take_over_rates(self) -> None:
         """After a meta-update: rescale the way so far."""
-        before, now = self._offsets, self._like
-        if before is not None and before.shape == now.shape:
+        before = self._offsets
+        if before is None:
+            return
+        now = self._like
+        if before.shape == now.shape:  # else there are groups that were not there before
             factors = (now - before).exp().tolist()
             self._follow().rescale(self._owned(), {name: factors[place] for name, place in self._places.items()})
         self._offsets = None
