@@ -22,15 +22,15 @@ def observe(learning_rate: float, initial_search: bool, epochs: int) -> LearnToL
     L.seed_everything(0, verbose=False)
     learner = LearnToLearn(initial_search=initial_search)
     L.Trainer(max_epochs=epochs, callbacks=[learner], **QUIET).fit(Classifier(learning_rate=learning_rate), Digits())
-    print(f"{'step':>5}{'rate':>10}{'objective':>11}{'gradient':>11}{'growth':>8}   losses of the look-ahead")
+    print(f"{'step':>5}{'rate':>10}{'objective':>11}{'gradient':>11}{'agreement':>11}{'loss':>8}")
     for record in learner.history:
         found = record["diagnostics"]
-        if not record["meta_gradient"]:  # no look-ahead at all, and why
+        if not record["meta_gradient"]:  # none at all, and why
             print(f"{record['step']:5d}{record['learning_rates'][0]:10.3g}   {found['note']}")
             continue
-        (gradient,), losses = record["meta_gradient"]["learning_rate"], " ".join(f"{x:.3f}" for x in found["losses"])
+        (gradient,), (loss,) = record["meta_gradient"]["learning_rate"], found["losses"]
         print(f"{record['step']:5d}{record['learning_rates'][0]:10.3g}{record['meta_objective']:11.3g}", end="")
-        print(f"{gradient:11.3g}{found['growth_rate']:8.2f}   {losses} {found['note']}")
+        print(f"{gradient:11.3g}{record['signals']['agreement']:11.2f}{loss:8.3f} {found['note']}")
     if learner.history:
         print("signals at the end:", {name: round(value, 2) for name, value in learner.history[-1]["signals"].items()})
     return learner

@@ -141,7 +141,7 @@ class InnerStep:
         loss: ``loss(parameters, batch) -> scalar``; ``parameters`` holds the buffers as well.
         learned: The learned optimizer.
         gradient_transformation: Applied to the gradients first, e.g. a clipping; ``None`` for nothing.
-        second_order: ``False`` treats the inner gradients as constants (cheaper, biased).
+        second_order: ``False`` treats the inner gradients as constants (cheaper, biased; with the user's own kernels).
         homogeneity: Degree p if ``loss(c w) = |c|**p loss(w)`` and the update is linear, else ``None``.
         processes: The other processes of a data-parallel training: losses and gradients are means over them.
     """
@@ -191,7 +191,7 @@ class InnerStep:
         Raises:
             TypeError: The loss is not a tensor of one floating-point number.
         """
-        with twice_differentiable():
+        with twice_differentiable() if self.second_order else nullcontext():
             value = self.loss({**iterate.named, **iterate.buffers}, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             found = (

@@ -101,9 +101,8 @@ class DisplacementSteps:
     def _owned(self) -> dict[str, Tensor]:
         return owned_tensors(self._module, live_optimizer(self._trainer))[0]
 
-    def _follow(self) -> Displacement:
-        """The displacement since the start, or since layers were frozen or thawed."""
-        parameters = self._owned()
+    def _follow(self, parameters: dict[str, Tensor]) -> Displacement:
+        """The displacement of these since the start, or since layers were frozen or thawed."""
         if self._way is None or self._way.names != list(parameters):
             self._way = Displacement(parameters, self._memory)
         return self._way
@@ -116,7 +115,7 @@ class DisplacementSteps:
             first: Whether an optimizer step begins with it.
         """
         if self._way is None:
-            self._follow()
+            self._follow(self._owned())
         if first:
             self._take_over_rates()
             self._is_due = steps_to_go == 1
@@ -130,7 +129,8 @@ class DisplacementSteps:
         now = self._like
         if before.shape == now.shape:  # else there are groups that were not there before
             factors = (now - before).exp().tolist()
-            self._follow().rescale(self._owned(), {name: factors[place] for name, place in self._places.items()})
+            parameters = self._owned()
+            self._follow(parameters).rescale(parameters, {n: factors[place] for n, place in self._places.items()})
         self._offsets = None
 
     def trial(self, loss: Tensor) -> str | None:
@@ -153,7 +153,9 @@ class DisplacementSteps:
         assert loss is not None
         (loss,) = self._look_ahead.inner_step().average(lambda: [loss], [loss])
         assert loss is not None
-        self._training = self._slope(loss, {name: parameter.grad for name, parameter in self._owned().items()})
+        parameters = self._owned()
+        gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        self._training = self._slope(loss, gradients, parameters)
 
     @property
     def _places(self) -> dict[str, int]:
@@ -165,13 +167,14 @@ class DisplacementSteps:
     def _like(self) -> Tensor:
         return self._learned.get_parameter("learning_rate").detach()
 
-    def _slope(self, loss: Tensor, gradients: dict[str, Tensor | None]) -> Slope:
-        return slope(loss, gradients, self._follow().of(self._owned()), self._places, self._like)
+    def _slope(self, loss: Tensor, gradients: dict[str, Tensor | None], parameters: dict[str, Tensor]) -> Slope:
+        return slope(loss, gradients, self._follow(parameters).of(parameters), self._places, self._like)
 
     def after_step(self) -> None:
         """The optimizer has stepped."""
         if self._way is not None and self._way.step():  # finding the parameters takes longer than looking at a few
-            self._follow().look(self._owned())
+            parameters = self._owned()
+            self._follow(parameters).look(parameters)
 
     def needs_judge(self, *, is_time: bool) -> bool:
         """Whether held-out data have to judge the state after this step.
@@ -187,8 +190,9 @@ class DisplacementSteps:
 
         def evaluate() -> Slope:
             with invisible(self._trainer, self._module, self._look_ahead.seed + self._trainer.global_step):
-                loss, found = self._look_ahead.inner_step().judge(Iterate(parameters, {}, buffers), judge)
-            return self._slope(loss, dict(zip(parameters, found, strict=True)))
+                step = self._look_ahead.inner_step(second_order=False)
+                loss, found = step.judge(Iterate(parameters, {}, buffers), judge)
+            return self._slope(loss, dict(zip(parameters, found, strict=True)), parameters)
 
         try:
             self._held_out = unless_diverged(evaluate, self._processes)
@@ -251,7 +255,8 @@ class DisplacementSteps:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, if it was saved for the same parameters; else the displacement begins anew."""
-        if state.get("names") == list(self._owned()):
-            self._follow().load_state_dict(state)
+        parameters = self._owned()
+        if state.get("names") == list(parameters):
+            self._follow(parameters).load_state_dict(state)
             self._offsets = state.get("offsets")
             self._training = Slope(**state["training"]) if "training" in state else None

@@ -191,9 +191,9 @@ class LookAhead:
         result = replace(result, gradients={name: gradient.cpu() for name, gradient in result.gradients.items()})
         return self._trainer.strategy.broadcast(result)
 
-    def inner_step(self) -> InnerStep:
-        """A step of the run's training as the core takes it."""
-        return InnerStep(self._loss, self._learned, self._clipping(), processes=self._processes)
+    def inner_step(self, *, second_order: bool = True) -> InnerStep:
+        """A step of the run's training as the core takes it; for first derivatives alone, with the user's kernels."""
+        return InnerStep(self._loss, self._learned, self._clipping(), second_order, processes=self._processes)
 
     def factor_to(self, learning_rate: float) -> float:
         """What the learned rate of the first group has to be multiplied by so that it peaks at this rate."""
@@ -243,7 +243,7 @@ class LookAhead:
         parameters, buffers = owned_tensors(self._module, self._optimizer)
 
         def loss_after(windows: Sequence[Window], candidate: float) -> tuple[float, int]:
-            step = self.inner_step()
+            step = self.inner_step(second_order=False)
             start = step.start(parameters, applied.unrolled()[1], buffers)
             meta = self._learned.scaled_rate(candidate / present)
             with invisible(self._trainer, self._module, self.seed):
