@@ -154,7 +154,8 @@ def _draw_rates(axis: Axes, steps: list[int], rates: list[list[float]]) -> None:
 def _draw_signals(axis: Axes, steps: list[int], history: Sequence[Mapping[str, Any]]) -> None:
     for style, name in zip(STYLES, _SIGNALS, strict=False):
         values = [_drawable(record.get("signals", {}).get(name, math.nan)) for record in history]
-        axis.plot(steps, values, marker=".", label=name.replace("_", " "), **style)
+        if any(map(math.isfinite, values)):  # the growth of a tangent is known to some estimators only
+            axis.plot(steps, values, marker=".", label=name.replace("_", " "), **style)
     axis.axhline(0.0, color="black", linewidth=0.5)
     axis.set(ylabel="signals")
     axis.legend(frameon=False, fontsize="small")
