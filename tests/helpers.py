@@ -278,6 +278,10 @@ def difference(left: Any, right: Any, place: str = "") -> str:
     return "" if left == right or left != left and right != right else f"{place}: {left!r} != {right!r}"
 
 
+# Those that follow the run's own steps; the first is what "auto" takes for learning rates.
+ALONG = ["displacement", "live"]
+
+
 def observer(**options: Any) -> LearnToLearn:
     """A callback that computes everything and applies nothing."""
     return learner(**{"meta_learning_rate": 0, **options})

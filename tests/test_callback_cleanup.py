@@ -11,10 +11,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers import Plain, Rich, learner, loader, loaders, sgd
+from helpers import ALONG, Plain, Rich, learner, loader, loaders, sgd
 
 from lightning_l2l import LearnedStepSize, LearnToLearn
 from lightning_l2l.host import applied as applied_module
+from lightning_l2l.host.displacement import DisplacementSteps
+from lightning_l2l.host.live import LiveSteps
 from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.session import Session
 from lightning_l2l.host.source import MetaGradientSource
@@ -74,8 +76,9 @@ class Untidy(Rich):
         return super().training_step(batch, batch_idx)
 
 
-def test_nothing_is_left_after_a_fit(trainer: Any) -> None:
-    callback, module = learner(learned=LearnedStepSize(per="tensor")), Rich()
+@pytest.mark.parametrize("estimator", [*ALONG, "reverse"])
+def test_nothing_is_left_after_a_fit(trainer: Any, estimator: Any) -> None:
+    callback, module = learner(learned=LearnedStepSize(per="tensor"), estimator=estimator), Rich()
     fitted = trainer(callback)
     fitted.fit(module, **loaders())
     assert_clean(fitted, module, callback)
@@ -83,9 +86,12 @@ def test_nothing_is_left_after_a_fit(trainer: Any) -> None:
 
 @pytest.mark.parametrize("where", ["run", "unroll"])
 @pytest.mark.parametrize("at", [1, 5])
-def test_nothing_is_left_after_an_exception_in_the_user_s_step(trainer: Any, where: str, at: int) -> None:
+@pytest.mark.parametrize("estimator", [*ALONG, "forward"])
+def test_nothing_is_left_after_an_exception_in_the_user_s_step(
+    trainer: Any, where: str, at: int, estimator: Any
+) -> None:
     Untidy.calls = 0
-    callback, module = learner(), Untidy(Boom(), where, at)
+    callback, module = learner(estimator=estimator), Untidy(Boom(), where, at)
     fitted = trainer(callback)
     with pytest.raises(Boom):
         fitted.fit(module, **loaders())
@@ -94,9 +100,10 @@ def test_nothing_is_left_after_an_exception_in_the_user_s_step(trainer: Any, whe
 
 @pytest.mark.feature("Ctrl-C", "works", "everything that was installed is removed")
 @pytest.mark.parametrize("where", ["run", "unroll"])
-def test_nothing_is_left_after_ctrl_c(trainer: Any, where: str) -> None:
+@pytest.mark.parametrize("estimator", [*ALONG, "forward"])
+def test_nothing_is_left_after_ctrl_c(trainer: Any, where: str, estimator: Any) -> None:
     Untidy.calls = 0
-    callback, module = learner(), Untidy(KeyboardInterrupt(), where, 5)
+    callback, module = learner(estimator=estimator), Untidy(KeyboardInterrupt(), where, 5)
     fitted = trainer(callback)
     with pytest.raises(SystemExit):
         fitted.fit(module, **loaders())
@@ -105,8 +112,9 @@ def test_nothing_is_left_after_ctrl_c(trainer: Any, where: str) -> None:
 
 @pytest.mark.parametrize("hook", ["setup", *HOOKS, "teardown"])
 @pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("estimator", ALONG)
 def test_nothing_is_left_after_an_exception_in_any_of_our_hooks(
-    trainer: Any, monkeypatch: pytest.MonkeyPatch, hook: str, when: str
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, hook: str, when: str, estimator: Any
 ) -> None:
     original = getattr(LearnToLearn, hook)
 
@@ -116,7 +124,7 @@ def test_nothing_is_left_after_an_exception_in_any_of_our_hooks(
         raise Boom
 
     monkeypatch.setattr(LearnToLearn, hook, fails)
-    callback, module = learner(), Rich()
+    callback, module = learner(estimator=estimator), Rich()
     fitted = trainer(callback)
     with pytest.raises(Boom):
         fitted.fit(module, **loaders())
@@ -129,11 +137,14 @@ STAGES = [
     (Session, "search"),
     (Session, "state_dict"),
     (LookAhead, "__init__"), (LookAhead, "held_out"), (LookAhead, "meta_gradient"),
+    (DisplacementSteps, "before_batch"), (DisplacementSteps, "judge"), (DisplacementSteps, "_slope"),
+    (DisplacementSteps, "after_step"), (DisplacementSteps, "result"), (DisplacementSteps, "state_dict"),
+    (LiveSteps, "see_loss"), (LiveSteps, "judge"), (LiveSteps, "result"),
     (applied_module.AppliedValues, "split"), (applied_module.AppliedValues, "_write"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("owner", "name"), STAGES, ids=[name for _, name in STAGES])
+@pytest.mark.parametrize(("owner", "name"), STAGES, ids=[f"{owner.__name__}.{name}" for owner, name in STAGES])
 def test_nothing_is_left_after_an_exception_inside(
     trainer: Any, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
@@ -141,7 +152,8 @@ def test_nothing_is_left_after_an_exception_inside(
         raise Boom
 
     monkeypatch.setattr(owner, name, fails)
-    callback, module = learner(learned=LearnedStepSize(per="tensor")), Rich()
+    estimator = {LookAhead: "forward", LiveSteps: "live"}.get(owner, "displacement")
+    callback, module = learner(learned=LearnedStepSize(per="tensor"), estimator=estimator), Rich()
     fitted = trainer(callback)
     with pytest.raises(Boom):
         fitted.fit(module, **loaders())
@@ -202,7 +214,7 @@ def grown(trainer: Any, updates: int, **options: Any) -> list[int]:
     return [int(count) for count in np.subtract(last, first)]
 
 
-@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse", *ALONG])
 def test_nothing_piles_up_over_50_meta_updates(trainer: Any, estimator: Any) -> None:
     tensors, objects, _ = grown(trainer, 50, estimator=estimator)
     # A record of the history is some ten containers for each of the 40 updates in between: the margin is twice that.
@@ -210,10 +222,11 @@ def test_nothing_piles_up_over_50_meta_updates(trainer: Any, estimator: Any) -> 
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_1000_meta_updates(trainer: Any) -> None:
+@pytest.mark.parametrize("estimator", ALONG)
+def test_memory_is_flat_over_1000_meta_updates(trainer: Any, estimator: Any) -> None:
     tracemalloc.start()
     try:
-        tensors, _, memory = grown(trainer, 1000)
+        tensors, _, memory = grown(trainer, 1000, estimator=estimator)
     finally:
         tracemalloc.stop()
     # A record of the history takes about 2 kB, and is what is meant to stay; 3 kB is the margin.

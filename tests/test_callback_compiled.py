@@ -1,4 +1,4 @@
-"""Compiled modules: the run stays compiled, and the look-ahead, which compiled code cannot differentiate, is eager."""
+"""Compiled modules: the run stays compiled, and a look-ahead, which compiled code cannot differentiate, is eager."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def fit(trainer: Any, module: Any, *callbacks: Any) -> dict[str, Any]:
 def test_compiled_modules_are_looked_ahead_of_eagerly(trainer: Any, how: str) -> None:
     found = []
     for make in (MODULES[how], WithChild):
-        callback = learner(estimator="auto" if make is not WithChild else "forward")
+        callback = learner(objective="log_mean", estimator="auto" if make is not WithChild else "forward")
         fit(trainer, make(), callback)
         assert {record["diagnostics"]["estimator"] for record in callback.history} == {"forward"}
         found.append([record["learning_rates"][0] for record in callback.history])
@@ -87,8 +87,21 @@ def test_compiled_modules_are_looked_ahead_of_eagerly(trainer: Any, how: str) ->
 
 
 @pytest.mark.parametrize("how", MODULES)
-def test_runs_of_compiled_modules_are_unchanged_by_watching(trainer: Any, how: str) -> None:
-    callback = observer()
+def test_learning_rates_of_compiled_modules_are_those_of_eager_ones(trainer: Any, how: str) -> None:
+    found = []
+    for make in (MODULES[how], WithChild):
+        callback = learner(unroll_steps=None)
+        fit(trainer, make(), callback)
+        assert {record["diagnostics"]["estimator"] for record in callback.history} == {"displacement"}
+        found.append([record["meta_gradient"]["learning_rate"][0] for record in callback.history])
+    # Float32: what is traced may be taken apart into other operations.
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and len(set(found[0])) == 4
+
+
+@pytest.mark.parametrize("how", MODULES)
+@pytest.mark.parametrize("estimator", ["displacement", "forward"])
+def test_runs_of_compiled_modules_are_unchanged_by_watching(trainer: Any, how: str, estimator: Any) -> None:
+    callback = observer(estimator=estimator)
     expected, found = fit(trainer, MODULES[how]()), fit(trainer, MODULES[how](), callback)
     for run in (expected, found):  # an address is among them
         run["attributes"] = {name: value for name, value in run["attributes"].items() if "_torchdynamo" not in name}

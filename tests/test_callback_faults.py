@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers import Plain, Rich, difference, learner, loader, loaders, observer, outcome
+from helpers import ALONG, Plain, Rich, difference, learner, loader, loaders, observer, outcome
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +25,8 @@ from lightning_l2l import LearnedStepSize, LearnToLearn
 from lightning_l2l.host import applied as applied_module
 from lightning_l2l.host import session as session_module
 from lightning_l2l.host import source as source_module
+from lightning_l2l.host.displacement import DisplacementSteps
+from lightning_l2l.host.live import LiveSteps
 from lightning_l2l.host.look_ahead import LookAhead
 
 HOOKS = [name for name in vars(LearnToLearn) if name.startswith("on_") or name == "teardown"]
@@ -105,7 +107,11 @@ def watcher(**options: Any) -> LearnToLearn:
     ("hook", "number"), [*((hook, 1) for hook in HOOKS), *((hook, 3) for hook in OFTEN)], ids=lambda value: str(value)
 )
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("ours", [{}, {"learned": None, "estimator": "live"}], ids=["look-ahead", "live"])
+@pytest.mark.parametrize(
+    "ours",
+    [{}, {"learned": None, "estimator": "live"}, {"estimator": "reverse"}],
+    ids=["displacement", "live", "look-ahead"],
+)
 def test_an_exception_in_our_hook_leaves_what_an_exception_in_another_s_leaves(
     trainer: Any, monkeypatch: pytest.MonkeyPatch, hook: str, number: int, when: str, ours: dict[str, Any]
 ) -> None:
@@ -124,7 +130,7 @@ def test_an_exception_in_our_hook_leaves_what_an_exception_in_another_s_leaves(
 
 
 class FailsUnseen(Rich):
-    """Fails in the n-th call of its step inside a hook: a look-ahead, since the loop calls the step outside hooks."""
+    """Fails in the n-th call of its step inside a hook: in one of ours, since the loop calls the step outside hooks."""
 
     def __init__(self, hook: str, number: int, error: type[BaseException]) -> None:
         super().__init__()
@@ -149,12 +155,16 @@ LOOKS: dict[str, tuple[type[FailsUnseen], str, int, int, dict[str, Any]]] = {
     "first step of the search": (FailsUnseen, "on_train_start", 1, 1, {"initial_search": True}),
     "a later step of the search": (FailsUnseen, "on_train_start", 9, 1, {"initial_search": True}),
     "search, put off": (OpensLate, "on_before_zero_grad", 5, 1, {"initial_search": True}),
-    "rehearsal": (FailsUnseen, "on_train_batch_start", 1, 1, {}),
-    "second step of the rehearsal": (FailsUnseen, "on_train_batch_start", 2, 1, {}),
+    "first judgement": (FailsUnseen, "on_train_batch_start", 1, 1, {"estimator": "displacement"}),
+    "first judgement, put off": (OpensLate, "on_before_zero_grad", 1, 1, {"estimator": "displacement"}),
+    "judgement": (FailsUnseen, "on_train_batch_end", 1, 3, {"estimator": "displacement"}),
+    "live judgement": (FailsUnseen, "on_train_batch_end", 1, 3, {"estimator": "live"}),
+    "rehearsal": (FailsUnseen, "on_train_batch_start", 1, 1, {"estimator": "forward"}),
+    "second step of the rehearsal": (FailsUnseen, "on_train_batch_start", 2, 1, {"estimator": "forward"}),
     "held-out loss of the rehearsal": (FailsUnseen, "on_train_batch_start", 3, 1, {"estimator": "reverse"}),
-    "rehearsal, put off": (OpensLate, "on_before_zero_grad", 2, 1, {}),
-    "unroll": (FailsUnseen, "on_train_batch_end", 1, 3, {}),
-    "second step of the unroll": (FailsUnseen, "on_train_batch_end", 2, 3, {}),
+    "rehearsal, put off": (OpensLate, "on_before_zero_grad", 2, 1, {"estimator": "forward"}),
+    "unroll": (FailsUnseen, "on_train_batch_end", 1, 3, {"estimator": "forward"}),
+    "second step of the unroll": (FailsUnseen, "on_train_batch_end", 2, 3, {"estimator": "forward"}),
     "held-out loss": (FailsUnseen, "on_train_batch_end", 3, 3, {"estimator": "reverse"}),
 }
 
@@ -162,7 +172,7 @@ LOOKS: dict[str, tuple[type[FailsUnseen], str, int, int, dict[str, Any]]] = {
 @pytest.mark.usefixtures("short_search")
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
-def test_an_exception_in_the_user_s_step_during_a_look_ahead_leaves_the_run_as_it_was(
+def test_an_exception_in_the_user_s_step_in_a_call_of_ours_leaves_the_run_as_it_was(
     trainer: Any, look: str, error: type[BaseException]
 ) -> None:
     make, hook, number, calls, options = LOOKS[look]
@@ -183,26 +193,35 @@ STAGES: list[tuple[Any, str, str, int]] = [
     (source_module.MetaGradientSource, "see_batch", "on_train_batch_start", 2),
     (LookAhead, "held_out", "on_train_batch_end", 3),
     (LookAhead, "meta_gradient", "on_train_batch_end", 3),
+    (DisplacementSteps, "judge", "on_train_batch_end", 3),
+    (DisplacementSteps, "result", "on_train_batch_end", 3),
+    (DisplacementSteps, "before_step", "on_before_optimizer_step", 2),
+    (LiveSteps, "judge", "on_train_batch_end", 3),
     (session_module.Session, "_apply", "on_train_batch_end", 3),
     (applied_module.AppliedValues, "split", "on_before_optimizer_step", 2),
 ]
 
 
-@pytest.mark.parametrize(("owner", "name", "hook", "number"), STAGES, ids=[stage[1] for stage in STAGES])
+@pytest.mark.parametrize(
+    ("owner", "name", "hook", "number"), STAGES, ids=[f"{stage[0].__name__}.{stage[1]}" for stage in STAGES]
+)
 def test_an_exception_between_two_of_our_own_lines_leaves_the_run_as_it_was(
     trainer: Any, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, hook: str, number: int
 ) -> None:
     expected = run(trainer, Rich(), fails_in(hook, number))
     original = getattr(owner, name)
-    # `held_out` and `meta_gradient` have been called once before, in the rehearsal.
-    maybe = fails_at({"held_out": 2, "meta_gradient": 2, "_apply": 1}.get(name, number))
+    # These have been called once before, in the rehearsal; the live estimator's rehearsal is a look-ahead.
+    rehearsed = (LookAhead, DisplacementSteps) if name in ("held_out", "meta_gradient", "judge") else ()
+    calls = {"judge": 1, "result": 1, "_apply": 1}.get(name, number)
+    maybe = fails_at(2 if owner in rehearsed else calls)
+    estimator = {(LookAhead, "meta_gradient"): "forward", (LiveSteps, "judge"): "live"}.get((owner, name), "auto")
 
     def fails(*arguments: Any, **options: Any) -> Any:
         maybe()
         return original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, fails)
-    assert difference(expected, run(trainer, Rich(), watcher())) == ""
+    assert difference(expected, run(trainer, Rich(), watcher(estimator=estimator))) == ""
 
 
 # -- numbers that are none --------------------------------------------------------------------------------------------
@@ -228,11 +247,14 @@ BAD = [math.nan, math.inf]
 
 @pytest.mark.feature("NaN or infinity in held-out data", "works", "the rate is kept")
 @pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("estimator", [*ALONG, "forward"])
 @pytest.mark.filterwarnings("ignore:LearnToLearn, after step")
-def test_a_held_out_batch_that_is_not_finite_keeps_the_rate_and_says_so(trainer: Any, value: float) -> None:
-    """Not the rate's doing: it is so before the first step of the look-ahead."""
+def test_a_held_out_batch_that_is_not_finite_keeps_the_rate_and_says_so(
+    trainer: Any, value: float, estimator: Any
+) -> None:
+    """Not the rate's doing: it is so before the first step of a look-ahead."""
     spoilt = [(torch.full((8, 6), value), torch.zeros(8, dtype=torch.long))]
-    callback, module = learner(meta_data=spoilt), Plain()
+    callback, module = learner(meta_data=spoilt, estimator=estimator), Plain()
     trainer(callback).fit(module, loader(), loader(24, seed=1))
     assert [record["learning_rates"] for record in callback.history] == [[0.1]] * 4
     assert all("held-out" in record["diagnostics"]["note"] for record in callback.history)
@@ -240,11 +262,12 @@ def test_a_held_out_batch_that_is_not_finite_keeps_the_rate_and_says_so(trainer:
 
 
 @pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("estimator", ALONG)
 @pytest.mark.filterwarnings("ignore:LearnToLearn, after step")
 @pytest.mark.usefixtures("short_search")
-def test_some_held_out_examples_that_are_not_finite_stop_nothing(trainer: Any, value: float) -> None:
+def test_some_held_out_examples_that_are_not_finite_stop_nothing(trainer: Any, value: float, estimator: Any) -> None:
     data = {"train_dataloaders": loader(), "val_dataloaders": DataLoader(Spoilt(48, range(3), value, 1), 8)}
-    callback, module = learner(initial_search=True), Plain()
+    callback, module = learner(initial_search=True, estimator=estimator), Plain()
     trainer(callback, max_epochs=8).fit(module, **data)
     rates = [record["learning_rates"][0] for record in callback.history]
     assert len(rates) == 16 and len(set(rates)) > 5
@@ -253,7 +276,7 @@ def test_some_held_out_examples_that_are_not_finite_stop_nothing(trainer: Any, v
 
 
 @pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("estimator", ["forward", "live"])
+@pytest.mark.parametrize("estimator", ["forward", *ALONG])
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_training_batches_that_the_step_refuses_to_train_on_are_not_looked_at(
     trainer: Any, value: float, estimator: Any
@@ -273,15 +296,18 @@ def test_training_batches_that_the_step_refuses_to_train_on_are_not_looked_at(
 
 
 @pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("estimator", ALONG)
 @pytest.mark.filterwarnings("ignore:LearnToLearn, after step")
-def test_a_run_that_dies_of_a_training_batch_dies_as_it_would_without_us(trainer: Any, value: float) -> None:
+def test_a_run_that_dies_of_a_training_batch_dies_as_it_would_without_us(
+    trainer: Any, value: float, estimator: Any
+) -> None:
     def fit(*callbacks: Any) -> dict[str, Any]:
         torch.manual_seed(5), np.random.seed(5), random.seed(5)
         module, fitted = Plain(), trainer(*callbacks, max_epochs=4)
         fitted.fit(module, DataLoader(Spoilt(48, range(9, 11), value, 0), 8), loader(24, seed=1))
         return outcome(fitted, module)
 
-    watching, learning = observer(), learner(divergence_guard=False)
+    watching, learning = observer(estimator=estimator), learner(divergence_guard=False, estimator=estimator)
     assert difference(fit(), fit(watching)) == "" and len(watching.history) == 8
     fit(learning)
     rates = [rate for record in learning.history for rate in record["learning_rates"]]
@@ -338,9 +364,11 @@ def test_a_look_ahead_that_the_step_refuses_has_diverged_and_the_run_goes_on(tra
     assert "Loss is NaN" in callback.history[0]["diagnostics"]["reason"] and fitted.global_step == 12
 
 
+@pytest.mark.parametrize("estimator", [*ALONG, "forward"])
 @pytest.mark.filterwarnings("ignore:LearnToLearn, after step")
-def test_a_held_out_batch_that_the_step_refuses_keeps_the_rate(trainer: Any) -> None:
-    callback = learner(meta_data=[(torch.full((8, 6), math.nan), torch.zeros(8, dtype=torch.long))])
+def test_a_held_out_batch_that_the_step_refuses_keeps_the_rate(trainer: Any, estimator: Any) -> None:
+    spoilt = [(torch.full((8, 6), math.nan), torch.zeros(8, dtype=torch.long))]
+    callback = learner(meta_data=spoilt, estimator=estimator)
     trainer(callback).fit(Guarded(), **loaders())
     assert [record["learning_rates"] for record in callback.history] == [[0.1]] * 4
 

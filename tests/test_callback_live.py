@@ -185,9 +185,17 @@ def used(trainer: Any, module: Any, **options: Any) -> set[str]:
     return {record["diagnostics"]["estimator"] for record in callback.history}
 
 
-def test_auto_is_live_for_a_learning_rate(trainer: Any) -> None:
-    assert used(trainer, Rich()) == {"live"}
-    assert used(trainer, Recurrent()) == {"live"}
+def two_numbers() -> LearnedHyperparameters:
+    """Few enough for the live estimator, and no mere factors on rates."""
+    return LearnedHyperparameters(learn=("learning_rate", "momentum"))
+
+
+def test_auto_is_live_for_two_numbers_and_looks_at_the_displacement_for_learning_rates(trainer: Any) -> None:
+    momentum = sgd(0.1, momentum=0.9)
+    for make in (Rich, Recurrent):
+        assert used(trainer, make()) == used(trainer, make(), learned=LearnedStepSize(per="tensor")) == {"displacement"}
+        assert used(trainer, make(momentum), learned=two_numbers()) == {"live"}
+        assert used(trainer, make(), objective="log_mean") == {"live"}
 
 
 def test_auto_looks_ahead_for_many_meta_parameters(trainer: Any) -> None:
@@ -201,7 +209,9 @@ def test_auto_looks_ahead_where_the_run_uses_fused_attention(trainer: Any) -> No
             net[2].self_attn.dropout = 0.0  # with dropout, torch takes the math kernel by itself
             return net
 
-    assert used(trainer, Fused()) == {"forward"}
+    assert used(trainer, Fused(sgd(0.1, momentum=0.9)), learned=two_numbers()) == {"forward"}
+    assert used(trainer, Fused(), objective="naive_mean") == {"forward"}
+    assert used(trainer, Fused()) == {"displacement"}  # needs no second derivative
     with pytest.raises(RuntimeError, match="differentiates the training's own graph twice"):
         used(trainer, Fused(), estimator="live")
 
@@ -215,7 +225,8 @@ def test_auto_looks_ahead_where_backward_hooks_would_run_more_often(trainer: Any
             net[1].register_full_backward_hook(lambda *_: calls.append(1))
             return net
 
-    assert used(trainer, Hooked()) == {"forward"}
+    assert used(trainer, Hooked(), objective="log_mean") == {"forward"}
+    assert used(trainer, Hooked()) == {"displacement"}  # goes backward on copies alone
     with pytest.raises(Exception, match="the backward hooks of the module"):
         used(trainer, Hooked(), estimator="live")
 
@@ -225,7 +236,7 @@ def test_a_skipped_step_costs_the_window_and_says_so(trainer: Any) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return None if self.global_step == 4 and "log" not in vars(self) else self.loss(batch)
 
-    callback = learner()
+    callback = learner(estimator="live")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning warns about the None
         trainer(callback).fit(Skips(), **loaders())
@@ -251,7 +262,8 @@ def test_layers_that_are_thawed_in_a_window_cost_it(trainer: Any) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
 
-    callback = learner(every_n_steps=4, unroll_steps=4, learned=LearnedStepSize(per="optimizer"))
+    one = LearnedStepSize(per="optimizer")
+    callback = learner(every_n_steps=4, unroll_steps=4, learned=one, estimator="live")
     trainer(callback, Thaws(), max_epochs=3).fit(Two(), **loaders())
     notes = [bool(record["diagnostics"]["note"]) for record in callback.history]
     assert [record["step"] for record in callback.history] == [4, 8, 12, 16] and notes == [False, True, False, False]
@@ -260,7 +272,7 @@ def test_layers_that_are_thawed_in_a_window_cost_it(trainer: Any) -> None:
 def test_a_carried_tangent_changes_the_answer_and_is_bounded(trainer: Any) -> None:
     found = []
     for carry in (0.0, 0.5):
-        callback = observer(every_n_steps=2, carry=carry)
+        callback = observer(every_n_steps=2, carry=carry, estimator="live")
         trainer(callback).fit(Plain(sgd(0.1, momentum=0.9)), **loaders())
         found.append([record["meta_gradient"]["learning_rate"][0] for record in callback.history])
     assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
@@ -269,7 +281,7 @@ def test_a_carried_tangent_changes_the_answer_and_is_bounded(trainer: Any) -> No
 
 
 def test_the_schedule_goes_on_under_live_windows(trainer: Any) -> None:
-    callback = learner(every_n_steps=2)
+    callback = learner(every_n_steps=2, estimator="live")
     schedule = lambda o: {"scheduler": lr_scheduler.ExponentialLR(o, 0.9), "interval": "step"}  # noqa: E731
     fitted = trainer(callback)
     fitted.fit(Plain(sgd(0.1), schedule), **loaders())
@@ -315,10 +327,10 @@ def test_what_is_in_the_way_of_live_steps_is_named(
 
 def test_tangents_that_are_too_large_stay_out_of_checkpoints(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def saved(largest: int) -> dict[str, Any]:
-        monkeypatch.setattr("lightning_l2l.host.live._LARGEST_SAVED", largest)
-        callback = learner(carry=0.5)
+        monkeypatch.setattr("lightning_l2l.host.live.LARGEST_SAVED", largest)
+        callback = learner(carry=0.5, estimator="live")
         trainer(callback).fit(Plain(), **loaders())
-        live: dict[str, Any] = callback.state_dict()["source"]["live"]
+        live: dict[str, Any] = callback.state_dict()["source"]["along"]
         return live
 
     size = 4 * (FEATURES + 1) * CLASSES  # float32; one tangent is carried

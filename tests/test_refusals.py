@@ -34,9 +34,9 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
             (2.0, TypeError, "whole number, not float"),
             (True, TypeError, "whole number, not bool"),
             ("5", TypeError, "whole number, not str"),
-            (None, TypeError, "whole number, not NoneType"),
         ]
     ),
+    ({"every_n_steps": None}, TypeError, "whole number, not NoneType"),
     ({"objective": "logg"}, ValueError, "choose one of"),
     ({"objective": None}, TypeError, "a name (a string), not NoneType"),
     ({"estimator": "backward"}, ValueError, "choose one of"),
@@ -77,6 +77,11 @@ def test_every_argument_is_checked_where_it_is_given(arguments: Any, kind: Any, 
 def test_numpy_numbers_are_numbers() -> None:
     settings = LearnToLearn(unroll_steps=np.int64(3), meta_learning_rate=np.float32(0.5), seed=np.int32(1)).settings
     assert type(settings.unroll_steps) is int and settings.meta_learning_rate == 0.5
+
+
+def test_unroll_steps_may_be_left_to_the_estimator() -> None:
+    assert LearnToLearn().settings == LearnToLearn(unroll_steps=None).settings
+    assert LearnToLearn().settings.unrolled == 3 and LearnToLearn(unroll_steps=7).settings.unrolled == 7
 
 
 def refused(trainer: Any, module: Any, message: str, callback: Any = None, **options: Any) -> str:
