@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    ALONG,
     Plain,
     Recurrent,
     Rich,
@@ -141,7 +142,7 @@ PRECISIONS: dict[str, Any] = {
     "the look-ahead runs in the run's precision",
 )
 @pytest.mark.parametrize("make", [Rich, Recurrent])
-@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse", *ALONG])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_learns_about_what_float64_learns(
     trainer: Any, precision: str, estimator: Any, make: Any
@@ -159,7 +160,8 @@ def test_every_precision_learns_about_what_float64_learns(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_look_ahead_runs_in_the_run_s_precision(trainer: Any, precision: str) -> None:
+@pytest.mark.parametrize("estimator", ["forward", *ALONG])
+def test_what_we_ask_runs_in_the_run_s_precision(trainer: Any, precision: str, estimator: Any) -> None:
     class Notes(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             context = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.get_default_dtype())
@@ -167,14 +169,15 @@ def test_the_look_ahead_runs_in_the_run_s_precision(trainer: Any, precision: str
             return super().training_step(batch, batch_idx)
 
     notes: dict[str, set[Any]] = {"unroll": set(), "run": set()}
-    trainer(learner(), **PRECISIONS[precision]()).fit(Notes(), **loaders())
+    trainer(learner(estimator=estimator), **PRECISIONS[precision]()).fit(Notes(), **loaders())
     assert notes["unroll"] == notes["run"] and len(notes["run"]) == 1
 
 
 @pytest.mark.feature("steps that the gradient scaler skips")
-def test_a_step_that_the_scaler_skips_leaves_whole_groups(trainer: Any) -> None:
+@pytest.mark.parametrize("estimator", [*ALONG, "reverse"])
+def test_a_step_that_the_scaler_skips_leaves_whole_groups(trainer: Any, estimator: Any) -> None:
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**60))
-    callback = learner(learned=LearnedStepSize(per="tensor"))
+    callback = learner(learned=LearnedStepSize(per="tensor"), estimator=estimator)
     fitted = trainer(callback, plugins=[plugin])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about schedulers, and overflow

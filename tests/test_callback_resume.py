@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import (
+    ALONG,
     Deterministic,
     Plain,
     Resumable,
@@ -32,12 +33,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*that ended before the epoch en
 COSINE = lambda o: {"scheduler": lr_scheduler.CosineAnnealingLR(o, 40), "interval": "step"}  # noqa: E731
 CASES: dict[str, Any] = {
     "plain": ({}, {}, None),
+    "long memory": ({"unroll_steps": 100}, {}, None),  # which is looked at only in every fifth step
     "ahead": ({"estimator": "forward"}, {}, None),
-    "carried": ({"carry": 0.5}, {}, None),
+    "live": ({"estimator": "live"}, {}, COSINE),
+    "carried": ({"carry": 0.5, "estimator": "live"}, {}, None),
     "search": ({"initial_search": True}, {}, None),
     "accumulate": ({"every_n_steps": 2}, {"accumulate_grad_batches": 2}, None),
+    "accumulate live": ({"every_n_steps": 2, "estimator": "live"}, {"accumulate_grad_batches": 2}, None),
     "schedule": ({}, {}, COSINE),
     "train": ({"meta_data": "train"}, {}, None),
+    "train live": ({"meta_data": "train", "estimator": "live"}, {}, None),
     "train ahead": ({"meta_data": "train", "estimator": "forward"}, {}, None),
     "means": ({"objective": "log_mean"}, {"gradient_clip_val": 0.1}, None),
     "tensor": ({"learned": LearnedStepSize(per="tensor")}, {}, COSINE),
@@ -93,11 +98,16 @@ def test_resume_equals_uninterrupted_at_any_step(trainer: Any, tmp_path: Path, c
     assert len(whole.history) >= 3
 
 
-def test_a_meta_update_that_was_due_when_the_run_was_killed_is_made_on_resume(trainer: Any, tmp_path: Path) -> None:
-    whole, uninterrupted = learner(), module(None)
+@pytest.mark.parametrize(
+    ("estimator", "meta_data"), [("displacement", "val"), ("displacement", "train"), ("live", "val")]
+)
+def test_a_meta_update_that_was_due_when_the_run_was_killed_is_made_on_resume(
+    trainer: Any, tmp_path: Path, estimator: Any, meta_data: Any
+) -> None:
+    whole, uninterrupted = learner(estimator=estimator, meta_data=meta_data), module(None)
     # Listed before us: the optimizer has stepped, and our on_train_batch_end has not run yet.
     trainer(Saves(tmp_path, 6), whole, max_epochs=3).fit(uninterrupted, **data())
-    again, resumed = learner(), module(None)
+    again, resumed = learner(estimator=estimator, meta_data=meta_data), module(None)
     trainer(again, max_epochs=3).fit(resumed, **data(), ckpt_path=tmp_path / "6.ckpt")
     assert difference(whole.history, again.history) == ""
     assert difference(uninterrupted.state_dict(), resumed.state_dict()) == ""
@@ -107,10 +117,11 @@ def test_resume_without_saved_batches_remembers_anew(
     trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RememberedWindows, "state_dict", lambda self: {})
-    trainer(learner(), Saves(tmp_path, 8), max_epochs=4).fit(module(None), **data())
-    again = learner()
+    trainer(learner(estimator="forward"), Saves(tmp_path, 8), max_epochs=4).fit(module(None), **data())
+    again = learner(estimator="forward")
     trainer(again, max_epochs=4).fit(module(None), **data(), ckpt_path=tmp_path / "8.ckpt")
     assert [record["step"] for record in again.history] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert [len(record["diagnostics"]["losses"]) for record in again.history[1:4]] == [2, 1, 2]
 
 
 def saved(trainer: Any, path: Path, *callbacks: Any, **options: Any) -> Path:
@@ -201,13 +212,16 @@ def test_one_callback_in_two_fits_learns_twice_from_the_start(trainer: Any) -> N
 
 @pytest.mark.feature("a second `fit` of the same Trainer", "works", "goes on with what was learned")
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_second_fit_of_the_same_trainer_goes_on_with_what_was_learned(trainer: Any, interrupted: bool) -> None:
+@pytest.mark.parametrize("estimator", ALONG)
+def test_a_second_fit_of_the_same_trainer_goes_on_with_what_was_learned(
+    trainer: Any, interrupted: bool, estimator: Any
+) -> None:
     class Stops(pl.Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if interrupted and trainer.global_step == 8:
                 raise RuntimeError("stop")
 
-    callback, kept = learner(), module(None)
+    callback, kept = learner(estimator=estimator), module(None)
     fitted = trainer(callback, Stops(), max_epochs=1 if not interrupted else 2)
     if interrupted:
         with pytest.raises(RuntimeError, match="stop"):
@@ -223,8 +237,11 @@ def test_a_second_fit_of_the_same_trainer_goes_on_with_what_was_learned(trainer:
     assert callback.search_result is None
 
 
-def test_the_state_is_plain(trainer: Any) -> None:
-    callback = learner(learned=LearnedHyperparameters())
+@pytest.mark.parametrize(
+    "options", [{}, {"estimator": "live", "carry": 0.5}, {"learned": LearnedHyperparameters()}, {"meta_data": "train"}]
+)
+def test_the_state_is_plain(trainer: Any, options: dict[str, Any]) -> None:
+    callback = learner(**options)
     trainer(callback).fit(Rich(sgd(0.1, momentum=0.9)), **loaders())
 
     def check(value: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ALONG,
     Attention,
     MemoryLogger,
     Plain,
@@ -39,13 +40,16 @@ def run(trainer: Any, module: Any, *callbacks: Any, data: Any = None, **options:
     return {**outcome(fitted, module), **seen}
 
 
-def assert_unchanged(trainer: Any, make: Any, callback: LearnToLearn | None = None, **options: Any) -> LearnToLearn:
-    callback = callback or observer()
+def assert_unchanged(trainer: Any, make: Any, observing: dict[str, Any] | None = None, **options: Any) -> LearnToLearn:
+    """Watched by every estimator that follows the run, unless one is named; returns the last watcher."""
     expected = run(trainer, make(), **options)
-    found = run(trainer, make(), callback, **options)
-    assert difference(expected, found) == ""
     assert expected["rows"] and expected["metrics"] and expected["batches"]
-    assert callback.history  # it did look ahead
+    chosen = dict(observing or {})
+    for estimator in [chosen.pop("estimator")] if "estimator" in chosen else ALONG:
+        callback = observer(estimator=estimator, **chosen)
+        found = run(trainer, make(), callback, **options)
+        assert difference(expected, found) == "", estimator
+        assert {record["diagnostics"]["estimator"] for record in callback.history} == {estimator}  # it did look
     return callback
 
 
@@ -64,9 +68,9 @@ def test_run_is_bitwise_unchanged_without_meta_updates(trainer: Any, make: Any, 
 
 
 @pytest.mark.parametrize("meta_data", ["val", "train"])
-@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse", *ALONG])
 def test_no_estimator_and_no_meta_data_is_noticed(trainer: Any, meta_data: Any, estimator: Any) -> None:
-    assert_unchanged(trainer, Rich, observer(meta_data=meta_data, estimator=estimator))
+    assert_unchanged(trainer, Rich, {"meta_data": meta_data, "estimator": estimator})
 
 
 def test_accumulation_and_clipping_are_unchanged(trainer: Any) -> None:
@@ -100,7 +104,7 @@ def test_streams_with_persistent_workers_are_unchanged(trainer: Any, workers: in
         options = {"num_workers": workers, "persistent_workers": workers > 0, "batch_size": 8}
         return {f"{kind}_dataloaders": DataLoader(Stream(), **options) for kind in ("train", "val")}
 
-    assert_unchanged(trainer, Plain, observer(every_n_steps=1), data=data)
+    assert_unchanged(trainer, Plain, {"every_n_steps": 1}, data=data)
 
 
 @pytest.mark.usefixtures("short_search")
@@ -132,7 +136,7 @@ def test_the_initial_search_changes_nothing_but_the_rate(
     trainer: Any, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Session, "start_from", lambda *_: None)
-    learner = assert_unchanged(trainer, make, observer(initial_search=True))
+    learner = assert_unchanged(trainer, make, {"initial_search": True})
     assert learner.search_result is not None and len(learner.search_result.losses) > 3
 
 
@@ -148,7 +152,7 @@ def test_a_run_after_a_search_is_the_run_that_starts_with_its_rate(trainer: Any)
 
 @pytest.mark.parametrize("per", ["optimizer", "group", "tensor"])
 def test_offsets_of_zero_apply_the_scheduled_rate_to_the_last_bit(trainer: Any, per: Any) -> None:
-    assert_unchanged(trainer, lambda: Rich(sgd(0.1 / 3, momentum=0.9)), observer(learned=LearnedStepSize(per=per)))
+    assert_unchanged(trainer, lambda: Rich(sgd(0.1 / 3, momentum=0.9)), {"learned": LearnedStepSize(per=per)})
 
 
 def test_validation_every_fifth_epoch_is_unchanged_though_its_loader_is_built_early(trainer: Any) -> None:
@@ -163,7 +167,10 @@ def test_validation_every_fifth_epoch_is_unchanged_though_its_loader_is_built_ea
     assert_unchanged(trainer, DrawsForValidation, data=data, check_val_every_n_epoch=5, max_epochs=6)
 
 
-def test_global_random_numbers_are_unchanged_when_the_step_fails_in_the_unroll(trainer: Any) -> None:
+@pytest.mark.parametrize("estimator", [*ALONG, "forward"])
+def test_global_random_numbers_are_unchanged_when_the_step_fails_in_a_call_of_ours(
+    trainer: Any, estimator: Any
+) -> None:
     class Fails(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if "log" in vars(self):  # muted: we are in an unroll
@@ -176,7 +183,7 @@ def test_global_random_numbers_are_unchanged_when_the_step_fails_in_the_unroll(t
 
     before = np.random.get_state(), random.getstate()
     with pytest.raises(RuntimeError, match="in the unroll"):
-        trainer(observer()).fit(Fails(), loader(), loader(24, seed=1))
+        trainer(observer(estimator=estimator)).fit(Fails(), loader(), loader(24, seed=1))
     # Of torch's numbers the module and the loaders draw in any case: the same without us, up to the first step.
     assert difference(before, (np.random.get_state(), random.getstate())) == ""
     after = torch.get_rng_state()
@@ -185,7 +192,8 @@ def test_global_random_numbers_are_unchanged_when_the_step_fails_in_the_unroll(t
     assert torch.equal(after, torch.get_rng_state())
 
 
-def test_no_attribute_is_left_in_module_trainer_or_optimizer(trainer: Any) -> None:
+@pytest.mark.parametrize("estimator", [*ALONG, "forward"])
+def test_no_attribute_is_left_in_module_trainer_or_optimizer(trainer: Any, estimator: Any) -> None:
     def names(*callbacks: Any) -> list[set[str]]:
         module, fitted = Rich(), trainer(*callbacks)
         fitted.fit(module, **loaders())
@@ -193,4 +201,4 @@ def test_no_attribute_is_left_in_module_trainer_or_optimizer(trainer: Any) -> No
         hooks = {f"hook {key}" for key in optimizer._optimizer_step_post_hooks}
         return [set(vars(module)), set(vars(fitted)), set(vars(optimizer)) | hooks, set(vars(type(module)))]
 
-    assert names(observer()) == names()
+    assert names(observer(estimator=estimator)) == names()

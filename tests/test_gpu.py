@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Deterministic, Plain, Resumable, Rich, difference, learner, loaders, observer, outcome
+from helpers import ALONG, Deterministic, Plain, Resumable, Rich, difference, learner, loaders, observer, outcome
 from torch import nn
 from torch.nn import functional
 
@@ -59,7 +59,7 @@ def learned_rates(callback: Any, count: int = 4) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize("estimator", ["forward", "reverse"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse", "displacement"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("make", [Plain, Rich, Recurrent])
 def test_learns_on_a_gpu_about_what_it_learns_on_the_cpu(
@@ -82,16 +82,20 @@ def test_learns_on_a_gpu_about_what_it_learns_on_the_cpu(
     )
 
 
-@pytest.mark.parametrize("per", ["group", "tensor"])
+@pytest.mark.parametrize(
+    ("per", "estimator"), [("group", "displacement"), ("tensor", "displacement"), ("tensor", "reverse")]
+)
 def test_what_is_kept_lies_where_the_run_has_it_and_checkpoints_load_anywhere(
-    trainer: Any, tmp_path: Path, per: Any
+    trainer: Any, tmp_path: Path, per: Any, estimator: Any
 ) -> None:
     class Looks(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            windows.append(devices([list(window.batches) for window in callback._session._windows.last()]))
+            source = callback._session.source
+            windows.append(devices([list(window.batches) for window in source._windows.last()]))
+            windows.append(devices(source.state_dict()["along"].get("average")))
 
     windows: list[set[str]] = []
-    callback = learner(learned=LearnedStepSize(per=per))
+    callback = learner(learned=LearnedStepSize(per=per), estimator=estimator)
     fitted = trainer(callback, Looks(), **GPU)
     fitted.fit(Rich(OPTIMIZERS["Adam, fused"]), **loaders())
     learned_rates(callback)
@@ -101,28 +105,33 @@ def test_what_is_kept_lies_where_the_run_has_it_and_checkpoints_load_anywhere(
     assert devices(state) == {"cpu"}
 
 
+# The live estimator refuses cuDNN's recurrent networks.
+WATCHED = [(Rich, "displacement"), (Rich, "live"), (Recurrent, "displacement"), (Recurrent, "forward")]
+
+
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("make", [Rich, Recurrent])
-def test_every_precision_trains_with_its_own_scaler(trainer: Any, precision: str, make: Any) -> None:
-    callback = learner(initial_search=True)
+@pytest.mark.parametrize(("make", "estimator"), WATCHED)
+def test_every_precision_trains_with_its_own_scaler(trainer: Any, precision: str, make: Any, estimator: Any) -> None:
+    callback = learner(initial_search=True, estimator=estimator)
     trainer(callback, precision=precision, gradient_clip_val=1.0, **GPU).fit(make(), **loaders())
     assert len(callback.history) == 4 and callback.search_result is not None
     assert all(record["learning_rates"][0] > 0 for record in callback.history)
 
 
-@pytest.mark.parametrize("make", [Rich, Recurrent])
-def test_watching_changes_nothing_on_a_gpu(trainer: Any, make: Any) -> None:
+@pytest.mark.parametrize(("make", "estimator"), WATCHED)
+def test_watching_changes_nothing_on_a_gpu(trainer: Any, make: Any, estimator: Any) -> None:
     def run(*callbacks: Any) -> dict[str, Any]:
         pl.seed_everything(0, verbose=False)
         module, fitted = make(), trainer(*callbacks, deterministic="warn", **GPU)
         fitted.fit(module, **loaders())
         return {**outcome(fitted, module), "cuda": torch.cuda.get_rng_state()}
 
-    callback = observer()
+    callback = observer(estimator=estimator)
     assert difference(run(), run(callback)) == "" and len(callback.history) == 4
 
 
-def test_resumed_on_a_gpu_equals_uninterrupted(trainer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", ALONG)
+def test_resumed_on_a_gpu_equals_uninterrupted(trainer: Any, tmp_path: Path, estimator: Any) -> None:
     class Saves(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 8:
@@ -131,7 +140,7 @@ def test_resumed_on_a_gpu_equals_uninterrupted(trainer: Any, tmp_path: Path) -> 
     def data() -> dict[str, Any]:
         return {"train_dataloaders": Resumable(), "val_dataloaders": loaders()["val_dataloaders"]}
 
-    whole, again = learner(), learner()
+    whole, again = learner(estimator=estimator), learner(estimator=estimator)
     trainer(whole, Saves(), max_epochs=3, **GPU).fit(Deterministic(OPTIMIZERS["Adam, fused"]), **data())
     resumed = trainer(again, max_epochs=3, **GPU)
     resumed.fit(Deterministic(OPTIMIZERS["Adam, fused"]), **data(), ckpt_path=tmp_path / "8.ckpt")
