@@ -72,6 +72,7 @@ def result_of(callback: LearnToLearn, module: pl.LightningModule) -> dict[str, A
 
 def fit(count: int, optimizer: str, options: Any, estimator: Any, **learning: Any) -> dict[str, Any]:
     """A run in double precision, so that what differs is not rounding."""
+    learning = {"unroll_steps": 20 if estimator == "displacement" else 2, **learning}
     callback = learner(meta_data=held_out(count), estimator=estimator, **learning)
     module = Deep(OPTIMIZERS[optimizer])
     defaults = {"precision": "64-true", "use_distributed_sampler": False}
@@ -309,9 +310,9 @@ def resume(count: int, path: Path, meta_data: Any = "val", estimator: Any = "aut
     return result_of(callback, module)
 
 
-def fit_twice() -> dict[str, Any]:
+def fit_twice(estimator: Any) -> dict[str, Any]:
     """Stops in the middle of a window, and goes on in the same process."""
-    callback = learner(every_n_steps=4, unroll_steps=3)
+    callback = learner(every_n_steps=4, unroll_steps=3, estimator=estimator)
     module = Deep(OPTIMIZERS["adam"])
     trainer = trainer_for(2, callback, max_epochs=None, max_steps=10)
     trainer.fit(module, **halves(2))

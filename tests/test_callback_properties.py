@@ -10,7 +10,7 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 import torch
 from conftest import QUIET
-from helpers import Plain, examples, loader
+from helpers import ALONG, Plain, examples, loader
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 from lightning.pytorch.plugins import MixedPrecision
@@ -70,11 +70,11 @@ ARGUMENTS = st.fixed_dictionaries(
     {},
     optional={
         "learned": sometimes(st.sampled_from([*LEARNED][:4]), st.sampled_from([*LEARNED][4:])),
-        "unroll_steps": sometimes(st.integers(1, 4), st.sampled_from([0, -1, 1.5])),
+        "unroll_steps": sometimes(st.none() | st.integers(1, 4), st.sampled_from([0, -1, 1.5])),
         "every_n_steps": sometimes(st.integers(1, 5), st.sampled_from([0, None])),
         "objective": sometimes(st.sampled_from(get_args(Objective)), st.just("logarithm")),
         "meta_data": sometimes(st.sampled_from([*META_DATA][:4]), st.sampled_from([*META_DATA][4:])),
-        "estimator": sometimes(st.sampled_from(get_args(Estimator)), st.just("backward")),
+        "estimator": sometimes(st.sampled_from([*get_args(Estimator), *ALONG]), st.just("backward")),
         "meta_learning_rate": sometimes(
             st.floats(0, 2, allow_subnormal=False), st.sampled_from([-1.0, math.nan, math.inf])
         ),

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
-from helpers import difference, learner
+from helpers import ALONG, difference, learner
 from launch import launch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -56,7 +56,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "accumulation": ("sgd", {"accumulate_grad_batches": 2, "max_epochs": 3}),
     "clipping": ("adam", {"gradient_clip_val": 0.1}),
 }
-SLOW = {("adam", "forward"), ("adam", "live"), ("accumulation", "reverse"), ("clipping", "forward")}
+SLOW = {
+    ("adam", "forward"), ("adam", "live"), ("accumulation", "reverse"), ("clipping", "forward"),
+    ("momentum", "displacement"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ SLOW = {("adam", "forward"), ("adam", "live"), ("accumulation", "reverse"), ("cl
     [
         pytest.param(setting, estimator, marks=[pytest.mark.slow] if (setting, estimator) in SLOW else [])
         for setting in SETTINGS
-        for estimator in ("forward", "reverse", "live")
+        for estimator in ("forward", "reverse", *ALONG)
     ],
 )
 def test_the_meta_gradient_is_that_of_the_joined_batch(tmp_path: Path, setting: str, estimator: str) -> None:
@@ -75,7 +78,7 @@ def test_the_meta_gradient_is_that_of_the_joined_batch(tmp_path: Path, setting: 
 
 @pytest.mark.feature("several devices and nodes by DDP", "works", "the mean over the processes is looked ahead")
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["forward", "reverse", "live"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse", *ALONG])
 def test_the_meta_gradient_of_four_processes_is_that_of_the_joined_batch(tmp_path: Path, estimator: str) -> None:
     several = launch(tmp_path, runs.fit, 4, "adam", {}, estimator, count=4)
     agrees_with_joined(several, runs.fit(1, "adam", {}, estimator))
@@ -94,7 +97,7 @@ def test_particles_that_are_spread_over_processes_are_those_of_a_single_one(tmp_
     agrees_with_joined(several, runs.fit(1, "sgd", {}, estimator))
 
 
-@pytest.mark.parametrize("estimator", ["forward", "reverse", "live"])
+@pytest.mark.parametrize("estimator", ["forward", "reverse", *ALONG])
 def test_parameters_that_some_processes_do_not_use_move_as_in_the_run(tmp_path: Path, estimator: str) -> None:
     single = runs.fit_partly_used(1, estimator)
     several = launch(tmp_path, runs.fit_partly_used, 2, estimator)
@@ -104,7 +107,7 @@ def test_parameters_that_some_processes_do_not_use_move_as_in_the_run(tmp_path: 
     assert used == [True, False] * (len(used) // 2) and not any("never.weight" in n for n in several[0]["gradients"])
 
 
-@pytest.mark.parametrize("estimator", ["reverse", "live", "es"])
+@pytest.mark.parametrize("estimator", ["reverse", *ALONG, "es"])
 def test_a_step_that_gathers_from_other_processes_is_looked_ahead_too(tmp_path: Path, estimator: str) -> None:
     several = launch(tmp_path, runs.fit_gathering, 2, estimator)
     agrees_with_joined(several, runs.fit_gathering(1, estimator))
@@ -117,20 +120,20 @@ def test_a_look_ahead_that_diverges_on_one_process_halves_the_rate_on_all(tmp_pa
     assert all("halved" in record["diagnostics"]["note"] for record in found["history"])
 
 
-@pytest.mark.parametrize("estimator", ["reverse", "live"])
+@pytest.mark.parametrize("estimator", ["reverse", *ALONG])
 def test_held_out_data_that_is_spoilt_on_one_process_keeps_the_rate_on_all(tmp_path: Path, estimator: str) -> None:
     found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "nan", "held out", estimator))
     assert found["history"] and all(record["learning_rates"] == [0.1] for record in found["history"])
     assert all("its data has numbers that are not" in record["diagnostics"]["note"] for record in found["history"])
 
 
-@pytest.mark.parametrize("estimator", ["forward", "live"])
+@pytest.mark.parametrize("estimator", ["forward", *ALONG])
 def test_a_batch_that_is_not_finite_on_one_process_ends_no_run(tmp_path: Path, estimator: str) -> None:
     found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "nan", "always", estimator))
     assert found["history"] and math.isnan(found["history"][-1]["meta_objective"])
 
 
-@pytest.mark.parametrize("estimator", ["forward", "live"])
+@pytest.mark.parametrize("estimator", ["forward", *ALONG])
 def test_a_held_out_batch_that_one_process_skips_is_skipped_by_all(tmp_path: Path, estimator: str) -> None:
     found = equal_on_all(launch(tmp_path, runs.fit_with_trouble, "none", "held out", estimator))
     assert found["rates"] == [0.1]
@@ -153,6 +156,7 @@ def test_what_counts_is_whether_the_mean_of_the_losses_is_negative(tmp_path: Pat
         ("raise", "unroll", "es", "ValueError: a bad batch"),
         ("raise", "held out", "es", "ValueError: a bad batch"),
         ("raise", "held out", "live", "ValueError: a bad batch"),
+        ("raise", "held out", "displacement", "ValueError: a bad batch"),
         ("curvature", "unroll", "forward", "ValueError: no second derivative today"),
         ("curvature", "unroll", "reverse", "ValueError: no second derivative today"),
     ],
@@ -201,6 +205,7 @@ def test_the_initial_search_finds_the_same_rate_on_all_processes(tmp_path: Path)
         ("forward", "ddp"),
         ("reverse", "ddp_find_unused_parameters_true"),
         ("live", "ddp_find_unused_parameters_true"),
+        ("displacement", "ddp"),
         ("es", "ddp"),
     ],
 )
@@ -217,7 +222,10 @@ def test_a_distributed_run_without_learning_is_unchanged_bit_for_bit(
     assert difference(without[0]["outcome"]["torch"], without[1]["outcome"]["torch"])
 
 
-@pytest.mark.parametrize(("meta_data", "estimator"), [("val", "forward"), ("train", "forward"), ("train", "live")])
+@pytest.mark.parametrize(
+    ("meta_data", "estimator"),
+    [("val", "forward"), ("train", "forward"), ("train", "live"), ("val", "displacement")],
+)
 def test_a_resumed_distributed_run_equals_the_uninterrupted_one(tmp_path: Path, meta_data: str, estimator: str) -> None:
     whole = equal_on_all(launch(tmp_path, runs.fit_and_save, 2, tmp_path, meta_data, estimator))
     # Step 6 lies in the middle of a window, with batches remembered that differ by process.
@@ -251,10 +259,11 @@ def test_processes_that_remember_unequally_do_the_same(
     assert lengths == steps
 
 
-def test_a_fit_that_goes_on_in_the_same_processes_goes_on_learning(tmp_path: Path) -> None:
-    found = equal_on_all(launch(tmp_path, runs.fit_twice))
+@pytest.mark.parametrize(("estimator", "length"), [("live", 3), ("displacement", 1)])
+def test_a_fit_that_goes_on_in_the_same_processes_goes_on_learning(tmp_path: Path, estimator: str, length: int) -> None:
+    found = equal_on_all(launch(tmp_path, runs.fit_twice, estimator))
     assert [record["step"] for record in found["history"]] == [4, 8, 12, 16]
-    assert len(found["history"][1]["diagnostics"]["losses"]) == 3
+    assert len(found["history"][1]["diagnostics"]["losses"]) == length
 
 
 def test_a_neural_optimizer_starts_from_the_same_weights_on_all_processes(tmp_path: Path) -> None:
