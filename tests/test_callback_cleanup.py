@@ -206,7 +206,8 @@ class Watches(pl.Callback):
 
 def grown(trainer: Any, updates: int, **options: Any) -> list[int]:
     """Tensors, objects and traced bytes that came after the first fifth of the meta-updates and stayed."""
-    watches, callback = Watches(updates // 5, updates), learner(every_n_steps=1, unroll_steps=1, **options)
+    steps = 2 if options.get("estimator") == "displacement" else 1
+    watches, callback = Watches(updates // 5, updates), learner(every_n_steps=1, unroll_steps=steps, **options)
     fitted = trainer(callback, watches, max_epochs=-1, max_steps=updates)
     fitted.fit(Plain(sgd(0.01)), loader(shuffle=True), loader(24, seed=1))
     assert len(callback.history) == updates

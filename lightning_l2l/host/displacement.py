@@ -256,7 +256,9 @@ class DisplacementSteps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, if it was saved for the same parameters; else the displacement begins anew."""
         parameters = self._owned()
-        if state.get("names") == list(parameters):
+        if "average" in state and state["names"] == list(parameters):  # another estimator has names of its own
             self._follow(parameters).load_state_dict(state)
-            self._offsets = state.get("offsets")
-            self._training = Slope(**state["training"]) if "training" in state else None
+            self._offsets = state["offsets"].to(self._like) if "offsets" in state else None
+            device = self._module.device  # checkpoints are loaded on the CPU
+            saved = {name: tensor.to(device) for name, tensor in state.get("training", {}).items()}
+            self._training = Slope(**saved) if saved else None
