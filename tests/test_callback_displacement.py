@@ -310,7 +310,7 @@ def test_where_the_guard_goes_back_to_the_way_begins_anew(trainer: Any) -> None:
     [
         ({"learned": LearnedHyperparameters(("learning_rate", "momentum"))}, "learns something else than factors"),
         ({"objective": "log_mean"}, "objective='log_mean' counts losses on the way"),
-        ({"unroll_steps": 1}, "a memory of one step"),
+        ({"unroll_steps": 1}, "leaves no memory"),
     ],
 )
 def test_what_the_displacement_cannot_say_is_refused_with_the_reason(trainer: Any, options: Any, reason: str) -> None:
