@@ -392,3 +392,18 @@ def test_a_rate_that_falls_fast_is_not_judged_by_its_first_large_steps_for_ever(
     assert lowest_rate(trainer) > best / 10
     monkeypatch.setattr(Displacement, "rescale", lambda *_: None)
     assert lowest_rate(trainer) < 1e-6 * best  # what rescaling the way is for
+
+
+@pytest.mark.parametrize(("estimator", "own_kernels"), [("displacement", True), ("forward", False)])
+def test_search_and_judgement_run_with_the_user_s_attention_kernels(
+    trainer: Any, estimator: Any, own_kernels: bool
+) -> None:
+    # The fused ones, which a long sequence needs, have no second derivative; the displacement needs none.
+    class Watching(Plain):
+        def training_step(self, batch: Any, batch_index: int) -> Tensor:
+            seen.append(torch.backends.cuda.flash_sdp_enabled())
+            return super().training_step(batch, batch_index)
+
+    seen: list[bool] = []
+    trainer(learner(estimator=estimator, initial_search=True, every_n_steps=2)).fit(Watching(SGD), **loaders())
+    assert all(seen) == own_kernels
