@@ -185,9 +185,11 @@ def fitted_outcome(trainer: Any, make: Any, *callbacks: Any) -> dict[str, Any]:
     return {**outcome(fitted, module), "gradients": witness.gradients}
 
 
-def by_backward(step: Any, value: Any, iterate: Any, *, create_graph: bool) -> Any:
+def by_backward(
+    step: Any, value: Any, iterate: Any, *, create_graph: bool, gradients: Any = InnerStep.gradients
+) -> Any:
     value.backward(create_graph=create_graph, retain_graph=True)
-    return {name: parameter.grad for name, parameter in iterate.parameters.items()}
+    return gradients(step, value, iterate, create_graph=create_graph)
 
 
 REMOVALS = {

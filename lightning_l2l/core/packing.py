@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from lightning_l2l.core.inner.buckets import LARGEST_CONCATENATED, portions
+from lightning_l2l.core.inner.concatenation import flattened
 
 Tensors = dict[str, Tensor]
 States = Mapping[str, Mapping[str, Any]]
@@ -50,8 +50,7 @@ class Pack:
             only: Tensor = tensors[self.names[0]]
             return only
         # One call; reshaping each in Python takes three times as long.
-        vector: Tensor = _flatten_dense_tensors([tensors[name] for name in self.names])
-        return vector
+        return flattened([tensors[name] for name in self.names])
 
     def joint_state(self, state: States) -> Mapping[str, Any]:
         """The optimizer's state for the vector."""

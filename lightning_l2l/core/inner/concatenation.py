@@ -82,9 +82,18 @@ def _expanded(entries: Sequence[Any], like: Sequence[Any], shapes: Sequence[torc
     return [entry.to(tensor.device).expand(tensor.shape) for entry, tensor in zip(entries, like, strict=True)]
 
 
-def _concatenated(tensors: Sequence[Any]) -> Any:
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors as one vector, as a copy."""
+    # Inside vmap: torch 2.13 cannot batch the one call.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
     # One call for all: reshaping each from Python takes three times as long.
-    return joined(tensors, _flatten_dense_tensors)
+    vector: Tensor = _flatten_dense_tensors(tensors)
+    return vector
+
+
+def _concatenated(tensors: Sequence[Any]) -> Any:
+    return joined(tensors, flattened)
 
 
 def _separated(flat: Any, runs: Sequence[_Run]) -> list[Any]:
