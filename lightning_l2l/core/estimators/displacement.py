@@ -20,7 +20,7 @@ training gradients.)
 Exact if the gradients (and decays) do not depend on the parameters: for a change of the rate in all steps as long as
 the average is still the start, later for one that fades into the past. In a direction of curvature ``h`` the true
 tangent forgets by itself, at ``alpha * h`` per step; what is left out matters where that is faster than ``1 / K``, and
-there both have the sign of the noise's cost. What it is worth is measured: docs, "benchmarks".
+there both have the sign of the noise's cost. What it is worth is measured: docs, "opponents".
 """
 
 from __future__ import annotations
