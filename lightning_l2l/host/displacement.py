@@ -25,7 +25,7 @@ from lightning_l2l.optimizers import LearnedOptimizer
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-# Measured on the four tasks that defaults are chosen by (docs, "opponents"): 50 is worse, 200 no better and less stable.
+# Measured on the four tasks that defaults are chosen by (docs, "opponents"): 50 is worse, 200 no better, less stable.
 USUAL_MEMORY = 100
 
 
