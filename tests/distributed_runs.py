@@ -80,6 +80,40 @@ def fit(count: int, optimizer: str, options: Any, estimator: Any, **learning: An
     return result_of(callback, module)
 
 
+class Places(pl.Callback):
+    """Where the parameters are, from the start on."""
+
+    def __init__(self) -> None:
+        self.places: list[dict[str, Tensor]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.places.append({name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.on_train_start(trainer, pl_module)
+
+
+def fit_with_places() -> dict[str, Any]:
+    """Each process judges by a single batch of its own; with all that is needed to say by hand what comes out."""
+    own = examples(16, seed=10 + int(os.environ["LOCAL_RANK"])).tensors
+    judge = (own[0].double(), own[1])
+    sampler = DistributedSampler(range(1), num_replicas=2, rank=int(os.environ["LOCAL_RANK"]))  # so it is sharded
+    meta_data = DataLoader([judge], batch_size=None, sampler=sampler)
+    places, callback = Places(), learner(meta_data=meta_data, unroll_steps=20)
+    module = Deep(OPTIMIZERS["sgd"])
+    options = {"precision": "64-true", "use_distributed_sampler": False}
+    trainer_for(2, callback, places, **options).fit(module, parts(2), loader(8, seed=1))
+    losses, gradients = [], []
+    for place in places.places:
+        module.load_state_dict(place)
+        module.zero_grad()
+        loss = functional.cross_entropy(module.net(judge[0]), judge[1])
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: parameter.grad.clone() for name, parameter in module.named_parameters()})
+    return {**result_of(callback, module), "places": places.places, "losses": losses, "gradients": gradients}
+
+
 def fit_with_notes(count: int, estimator: str) -> dict[str, Any]:
     """With what the estimator says about every meta-gradient."""
     notes: list[str] = []

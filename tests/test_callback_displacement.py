@@ -178,7 +178,7 @@ class Saves(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*that ended before the epoch ended.*")
-@pytest.mark.parametrize("step", [7, 10, 13])
+@pytest.mark.parametrize("step", [7, 9, 13])  # within an interval, right after a meta-update, between two looks
 def test_a_resumed_run_goes_on_bit_for_bit(trainer: Any, tmp_path: Path, step: int) -> None:
     def fit(*others: Any, **options: Any) -> tuple[Any, LearnToLearn]:
         module, callback = Deterministic(lambda p: torch.optim.Adam(p, lr=0.01)), learner(unroll_steps=None)
