@@ -102,16 +102,25 @@ def fit_with_places() -> dict[str, Any]:
     places, callback = Places(), learner(meta_data=meta_data, unroll_steps=20)
     module = Deep(OPTIMIZERS["sgd"])
     options = {"precision": "64-true", "use_distributed_sampler": False}
-    trainer_for(2, callback, places, **options).fit(module, parts(2), loader(8, seed=1))
-    losses, gradients = [], []
-    for place in places.places:
-        module.load_state_dict(place)
+    trainer = trainer_for(2, callback, places, **options)
+    trainer.fit(module, parts(2), loader(8, seed=1))
+    found = result_of(callback, module)
+    judged, step, rate, average = [], 0, 0.1, dict(places.places[0])
+    for record in callback.history:
+        while step < record["step"]:
+            step += 1
+            now = places.places[step]
+            average = {name: average[name] + max(1 / (step + 1), 1 / 20) * (now[name] - average[name]) for name in now}
+        part = 0.4 * min(1, 2 * (1 - step / trainer.estimated_stepping_batches))
+        module.load_state_dict({name: now[name] + part * (average[name] - now[name]) for name in now})
         module.zero_grad()
         loss = functional.cross_entropy(module.net(judge[0]), judge[1])
         loss.backward()
-        losses.append(loss.item())
-        gradients.append({name: parameter.grad.clone() for name, parameter in module.named_parameters()})
-    return {**result_of(callback, module), "places": places.places, "losses": losses, "gradients": gradients}
+        along = sum((p.grad * (now[name] - average[name])).sum().item() for name, p in module.named_parameters())
+        judged.append((loss.item(), along))
+        factor, rate = record["learning_rates"][0] / rate, record["learning_rates"][0]
+        average = {name: now[name] + factor * (average[name] - now[name]) for name in now}  # as with the present rate
+    return {**found, "judged": judged}
 
 
 def fit_with_notes(count: int, estimator: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -291,3 +292,14 @@ def learner(**options: Any) -> LearnToLearn:
     """A callback that learns often and to the end, without a search."""
     defaults: dict[str, Any] = {"initial_search": False, "every_n_steps": 3, "unroll_steps": 2}
     return LearnToLearn(**{**defaults, "interval_growth": 0.0, **options})
+
+
+class Saves(pl.Callback):
+    """A checkpoint after the given step, in a run that goes on."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)

@@ -68,6 +68,34 @@ def test_zeros_are_suspicious_once() -> None:
     assert made.suspicious
 
 
+@pytest.mark.parametrize(("start", "low"), [(2.3, 0.3), (-1.0, -5.0)])
+def test_losses_that_lose_half_of_what_was_won_are_a_relapse(start: float, low: float) -> None:
+    won = start - low
+    made = watch(start, *[low] * 10)
+    assert made.calm and not made.suspicious
+    for _ in range(6):  # the median of ten follows
+        made.see(low + 0.3 * won)
+    assert not made.calm and not made.suspicious  # nothing to go back to, and not to be kept
+    for _ in range(6):
+        made.see(low + 0.6 * won)
+    assert made.relapsed and made.suspicious
+    made.unfounded()
+    assert made.calm
+
+
+@pytest.mark.parametrize(
+    "losses", [[2.3] * 10 + [2.6] * 20, [2.3, *[2.2] * 10, *[2.3] * 20], [2.3, *[0.3] * 10, *[2.3, 0.3] * 10, 0.3, 0.3]]
+)
+def test_little_that_was_won_and_single_losses_are_no_relapse(losses: list[float]) -> None:
+    assert not any(watch(*losses[:until]).relapsed for until in range(len(losses)))
+
+
+def test_after_a_relapse_a_smaller_difference_decides() -> None:
+    assert not is_lost([], [1.0, 1.0], [1.3, 1.3])
+    assert is_lost([], [1.0, 1.0], [1.3, 1.3], relapsed=True)
+    assert not is_lost([], [1.0, 1.0], [1.05, 1.05], relapsed=True)  # the task has become harder, not the weights worse
+
+
 def test_the_watch_goes_on_where_it_was_saved() -> None:
     made = watch(2.3, 9.0, 9.0, math.nan)
     made.see_zeros(0.9)

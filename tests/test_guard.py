@@ -89,6 +89,25 @@ def fit_digits(trainer: Any, optimizer: Any, **options: Any) -> tuple[float, Lea
         return functional.cross_entropy(module.net(test.tensors[0]), test.tensors[1]).item(), callback
 
 
+class Ruins(pl.Callback):
+    """Has the network begin again from chance level, which is where its first losses were."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 150:
+            with torch.no_grad():
+                for parameter in pl_module.parameters():
+                    parameter.zero_()
+
+
+@pytest.mark.filterwarnings(LOST)
+def test_a_run_that_is_back_at_its_first_losses_is_taken_back(trainer: Any) -> None:
+    callback, module = guarded(), Network(ADAM(0.01))
+    fit_long(trainer, module, callback, callbacks=[callback, Ruins()])
+    (step,) = rollbacks(callback)
+    assert 150 < step <= 165  # ten losses say so, sooner or later by the noise of a few
+    assert final_loss(module) < 0.6
+
+
 @pytest.mark.filterwarnings(LOST)
 @pytest.mark.parametrize(
     ("make", "every_step", "ratio"),
@@ -299,14 +318,14 @@ def test_resume_equals_uninterrupted_across_a_rollback(trainer: Any, tmp_path: P
             if trainer.current_epoch in (4, 5):
                 trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
 
-    whole, module = guarded(every_n_steps=6), Network(sgd(10.0, momentum=0.9))
+    whole, module = guarded(every_n_steps=6), Network(sgd(5.0, momentum=0.9))
     data = {"train_dataloaders": loader(), "val_dataloaders": loader(24, seed=1)}
     first = trainer(whole, Saves(), max_epochs=9)
     first.fit(module, **data)
     expected = outcome(first, module)
     assert rollbacks(whole) and max(rollbacks(whole)) < 24 and len(whole.history) > 8
     for epoch in (4, 5):  # 30 and 36 steps, after the rollback
-        again, resumed = guarded(every_n_steps=6), Network(sgd(10.0, momentum=0.9))
+        again, resumed = guarded(every_n_steps=6), Network(sgd(5.0, momentum=0.9))
         second = trainer(again, max_epochs=9)
         second.fit(resumed, **data, ckpt_path=tmp_path / f"{epoch}.ckpt", weights_only=True)
         for key in ("state", "optimizer"):

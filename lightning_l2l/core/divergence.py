@@ -19,8 +19,14 @@ _HIGH = 2.0
 # So many of them since the last time that all was well are a suspicion. One may be a batch.
 _SEVERAL = 3
 _RECENT = 10
+# Parts of what the lowest median of recent losses had won (if that was at least _WON of the first loss): a run that has
+# lost the first is not well, one that has lost the second has relapsed.
+_SLIP = 0.25
+_RELAPSE = 0.5
+_WON = 0.1
 # In units of the loss before, or of its spread over batches where that is larger.
 _CLEARLY_WORSE = 0.5
+_WORSE = 0.1
 _CLEARLY_BETTER = 0.02
 _FAR_ABOVE = 9.0
 # Share of gradient entries that are exactly zero (measured on digits: 0.1 to 0.6 in networks that train well, 0.8 to 1
@@ -35,8 +41,9 @@ class LossWatch:
     """The losses of a training, and whether they are suspicious. Its state is plain numbers.
 
     A loss is high if it lies above the first one by more than twice its size. Three high losses, or one that is
-    not a number, are a suspicion; so are gradients that are almost all exactly zero. Each suspicion that turns out to
-    be unfounded makes the next one harder to raise, so a task whose losses do such things is soon left alone.
+    not a number, are a suspicion; so are gradients that are almost all exactly zero, and a relapse: the recent losses
+    have lost half of what had been won. Each suspicion that turns out to be unfounded makes the next one harder to
+    raise, so a task whose losses do such things is soon left alone.
 
     Args:
         saved: What :meth:`state_dict` returned in the run that is resumed.
@@ -60,6 +67,8 @@ class LossWatch:
         self._tolerated: int = saved.get("tolerated", 0)
         self._broken: int = saved.get("broken", 0)
         self._recent: list[float] = list(saved.get("recent", []))
+        self._lowest: float = saved.get("lowest", math.inf)
+        self._relapse: float = saved.get("relapse", _RELAPSE)
         self.high: list[float] = list(saved.get("high", []))
         self._zeros: float = saved.get("zeros", 0.0)
         self._tolerated_zeros: float = saved.get("tolerated_zeros", _MANY_ZEROS)
@@ -70,6 +79,7 @@ class LossWatch:
             self._broken += 1
             return
         self._recent = [*self._recent, loss][-_RECENT:]
+        self._lowest = min(self._lowest, self._level)
         if math.isnan(self.start):
             self.start, self._threshold = loss, loss + _HIGH * abs(loss)
         elif loss > self._threshold:
@@ -84,14 +94,32 @@ class LossWatch:
         return self._zeros > self._tolerated_zeros
 
     @property
+    def _level(self) -> float:
+        return statistics.median(self._recent) if len(self._recent) == _RECENT else math.inf
+
+    @property
+    def relapsed(self) -> bool:
+        """Whether the recent losses have lost half of what had been won."""
+        return self._has_lost(self._relapse)
+
+    def _has_lost(self, part: float) -> bool:
+        won = self.start - self._lowest
+        return won > _WON * abs(self.start) and math.inf > self._level > self._lowest + part * won
+
+    @property
     def suspicious(self) -> bool:
         """Whether the losses since the last time that all was well call for a comparison."""
+        return self.alarming or self.relapsed
+
+    @property
+    def alarming(self) -> bool:
+        """The same, but for a relapse: that needs something to compare by."""
         return len(self.high) >= _SEVERAL or self._broken > self._tolerated or self._silent
 
     @property
     def calm(self) -> bool:
         """Whether there was nothing at all since."""
-        return not (self.high or self._broken or self._silent)
+        return not (self.high or self._broken or self._silent or self._has_lost(_SLIP))
 
     @property
     def below_the_first(self) -> bool:
@@ -114,6 +142,9 @@ class LossWatch:
         if self._silent:  # a large embedding has many zeros by right
             self._tolerated_zeros = (1 + self._zeros) / 2
         self._tolerated = max(self._tolerated, 2 * self._broken)
+        if self.relapsed:
+            self._relapse *= 2
+        self._lowest = math.inf
         self.forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,12 +156,21 @@ class LossWatch:
             "broken": self._broken,
             "high": list(self.high),
             "recent": list(self._recent),
+            "lowest": self._lowest,
+            "relapse": self._relapse,
             "zeros": self._zeros,
             "tolerated_zeros": self._tolerated_zeros,
         }
 
 
-def is_lost(high: Sequence[float], before: Sequence[float], now: Sequence[float], *, dead: bool = False) -> bool:
+def is_lost(
+    high: Sequence[float],
+    before: Sequence[float],
+    now: Sequence[float],
+    *,
+    dead: bool = False,
+    relapsed: bool = False,
+) -> bool:
     """Whether to go back to an earlier state.
 
     Args:
@@ -138,6 +178,7 @@ def is_lost(high: Sequence[float], before: Sequence[float], now: Sequence[float]
         before: Losses of the earlier state on some batches.
         now: Losses of the present state on the same batches, with the same random numbers.
         dead: Whether almost all gradients have become zero since (:func:`has_died`).
+        relapsed: Whether the training losses say so, too (:attr:`LossWatch.relapsed`).
 
     Returns:
         ``True`` where the present state's losses are no numbers or clearly worse. Where they are about the same, that
@@ -158,7 +199,7 @@ def is_lost(high: Sequence[float], before: Sequence[float], now: Sequence[float]
     if not math.isfinite(present):
         return True
     size = max(abs(level), statistics.pstdev(before))
-    if present > level + _CLEARLY_WORSE * size:
+    if present > level + (_WORSE if relapsed else _CLEARLY_WORSE) * size:
         return True
     if present < level - (_MUCH_BETTER if dead else _CLEARLY_BETTER) * size:
         return False

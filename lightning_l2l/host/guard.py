@@ -167,9 +167,10 @@ class DivergenceGuard:
         high = list(self._watch.high)
         before, now = self._compared(judges, snapshot)
         if before.losses:
-            lost = is_lost(high, before.losses, now.losses, dead=has_died(before.zero_share, now.zero_share))
+            died = has_died(before.zero_share, now.zero_share)
+            lost = is_lost(high, before.losses, now.losses, dead=died, relapsed=self._watch.relapsed)
         else:  # nothing to compare by: the losses of the run have to do
-            lost = is_lost(high, [self._watch.start], high[-1:])
+            lost = self._watch.alarming and is_lost(high, [self._watch.start], high[-1:])
         return self._any(lost)
 
     def _judged(self, judges: list[Window], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> _Judged:

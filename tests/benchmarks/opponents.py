@@ -1,4 +1,4 @@
-"""``LearnToLearn`` against what one would take instead: eight tasks, three optimizers, four starting rates, five seeds.
+"""``LearnToLearn`` against what one would take instead: nine tasks, three optimizers, four starting rates, five seeds.
 
     PYTHONPATH=<where prodigyopt, dadaptation and schedulefree are> python tests/benchmarks/opponents.py
         [--results opponents.csv] [--figure opponents.png] [--tasks chosen | confirmed | NAMES] [--methods NAMES]

@@ -1,4 +1,4 @@
-"""Eight small tasks for the comparison with opponents, each in three parts: training, held-out and test data.
+"""Nine small tasks for the comparison with opponents, each in three parts: training, held-out and test data.
 
 Self-contained. Held-out data serve the meta-objective and nothing else, test data the report and nothing else. Data are
 the same for every seed, a seed draws weights and order. About 1000 steps each. No dropout, so that a plain loop can
@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy
 import torch
 from digits_tasks import digits, network, optimizer_of
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-# Fixed before any result was seen: defaults may be chosen by the first half, and only confirmed on the second.
-CHOSEN_ON = ("digits MLP", "label noise", "GRU", "tabular regression")
+# Fixed before any result was seen, but for "same text": defaults may be chosen by the former, and only confirmed on the
+# latter. "same text" was added to choose by once the transformer had been seen, whose held-out text is not of the kind
+# that it is trained on; transformer and few samples were in view then, and are no clean confirmation since.
+CHOSEN_ON = ("digits MLP", "label noise", "GRU", "tabular regression", "same text")
 CONFIRMED_ON = ("least squares", "convnet", "few samples", "transformer")
 # Text that is on every machine with Python; its versions differ a little.
 TEXT = {"train": ("argparse", "inspect", "tarfile"), "held_out": ("zipfile",), "test": ("typing", "optparse")}
@@ -164,6 +167,19 @@ def _transformer() -> Task:
     return Task(*parts, Characters, _sequence_loss, 8, 2)
 
 
+def _same_text() -> Task:
+    """The transformer, with the windows of all three texts shuffled before they are divided; none of them twice."""
+    apart = _transformer()
+    inputs, targets = (
+        torch.cat([part.tensors[i] for part in (apart.train, apart.held_out, apart.test)]) for i in (0, 1)
+    )
+    first = torch.from_numpy(numpy.unique(inputs.numpy(), axis=0, return_index=True)[1])
+    order = first[torch.randperm(len(first), generator=torch.Generator().manual_seed(5))]
+    sizes = [len(apart.train), len(first) - len(apart.train) - len(apart.test), len(apart.test)]
+    parts = [TensorDataset(inputs[rows], targets[rows]) for rows in order.split(sizes)]
+    return replace(apart, train=parts[0], held_out=parts[1], test=parts[2])
+
+
 def _sequence_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -177,8 +193,9 @@ _TASKS: dict[str, Callable[[], Task]] = {
     "convnet": lambda: _digits(_convnet),
     "few samples": lambda: _digits(lambda: network("mlp"), images=150, batch_size=15, epochs=100),
     "transformer": _transformer,
+    "same text": _same_text,
 }
-assert tuple(_TASKS) == CHOSEN_ON + CONFIRMED_ON
+assert set(_TASKS) == {*CHOSEN_ON, *CONFIRMED_ON}
 
 
 @cache

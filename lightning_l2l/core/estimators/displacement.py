@@ -17,6 +17,15 @@ ahead, as in iterate averaging, and the rate is too large. (Without curvature th
 step-size adaptation: IDBD, Sutton, AAAI 1992; MetaOptimize, Sharifnassab, Salehkaleybar, Sutton, ICML 2025. These take
 training gradients.)
 
+**Where it is judged.** The noise of the last steps raises the loss where the training is now, but a smaller rate later
+on takes that away again, and the way that was won stays. So early in a training that is known to end, the gradient is
+taken a part of the way back towards the average (:meth:`Displacement.towards_average`, :func:`part_back`), where there
+is less of that noise; from half-way on that part falls to zero, and the noise counts in full.
+
+**What overfitting adds.** Where held-out data are asked and the training batch finds the same way less steep uphill, or
+downhill, the difference is how fast the generalisation gap grows, and it counts once more
+(:attr:`~lightning_l2l.MetaGradient.gaps`).
+
 Exact if the gradients (and decays) do not depend on the parameters: for a change of the rate in all steps as long as
 the average is still the start, later for one that fades into the past. In a direction of curvature ``h`` the true
 tangent forgets by itself, at ``alpha * h`` per step; what is left out matters where that is faster than ``1 / K``, and
@@ -39,6 +48,9 @@ from lightning_l2l.core.tally import Tally
 
 # So often within its memory the average looks at the parameters; oftener costs more than it shows.
 _LOOKS = 20
+# Measured (docs, "opponents"): nearer to the average, rates rise until trainings are lost; nearer to the present, noise
+# makes them too small for a language model.
+_PART_BACK = 0.4
 
 
 class Displacement:
@@ -105,6 +117,19 @@ class Displacement:
         return dict(zip(self._average, torch._foreach_sub(present, averages), strict=True))
 
     @torch.no_grad()
+    def towards_average(self, parameters: Mapping[str, Tensor], part: float) -> dict[str, Tensor]:
+        """The parameters as they would be some of the way back; new tensors, in their dtypes.
+
+        Args:
+            parameters: Those of the start, as they are now.
+            part: From 0, the present parameters, to 1, the average.
+        """
+        averages = list(self._average.values())
+        present = [parameters[name].detach().to(average.dtype) for name, average in self._average.items()]
+        moved = torch._foreach_lerp(present, averages, part)
+        return {name: place.to(parameters[name].dtype) for name, place in zip(self._average, moved, strict=True)}
+
+    @torch.no_grad()
     def rescale(self, parameters: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
         """The learning rates have changed: make the way so far what it would have been with the present ones.
 
@@ -128,6 +153,21 @@ class Displacement:
         for name, average in self._average.items():
             average.copy_(state["average"][name])
         self._steps = state["steps"]
+
+
+def part_back(step: int, planned: float) -> float:
+    """How much of the way back towards the average to judge a training by.
+
+    Args:
+        step: Steps that have been made.
+        planned: Steps of the whole training; ``inf`` where nobody knows, and then there is no later phase to count on.
+
+    Example:
+        >>> part_back(100, 1000), part_back(750, 1000), part_back(1000, 1000), part_back(100, math.inf)
+        (0.4, 0.2, 0.0, 0.0)
+    """
+    left = 1 - step / planned if 0 < planned < math.inf else 0.0
+    return _PART_BACK * min(1.0, max(0.0, 2 * left))
 
 
 @dataclass(frozen=True)
@@ -200,7 +240,8 @@ def displacement(
         training: The slope of the last training batch's loss, before its step.
 
     Returns:
-        The result, with :attr:`~lightning_l2l.MetaGradient.bounds`.
+        The result, with :attr:`~lightning_l2l.MetaGradient.bounds` and, with ``training``,
+        :attr:`~lightning_l2l.MetaGradient.gaps`.
 
     Raises:
         ValueError: An objective that counts other losses than the last one.
@@ -215,8 +256,13 @@ def displacement(
     factor = factor.to(like.device)
     result = tally.result("displacement", reason, {"learning_rate": (found.along * factor).to(like)}, math.nan)
     bounds = {"learning_rate": (found.steepest * factor.abs()).to(like)}
-    said = {} if training is None else {"learning_rate": training.along.to(like)}
-    return replace(result, bounds=bounds, diagnostics=replace(result.diagnostics, training_gradients=said))
+    if training is None:
+        return replace(result, bounds=bounds)
+    # A training batch may be broken (its step is skipped then, or the run is about to be lost): it says nothing.
+    gap = torch.where(training.along.isfinite(), found.along - training.along, 0.0).clamp(min=0)
+    gaps = {"learning_rate": (gap * factor.abs()).to(like)}
+    diagnostics = replace(result.diagnostics, training_gradients={"learning_rate": training.along.to(like)})
+    return replace(result, bounds=bounds, gaps=gaps, diagnostics=diagnostics)
 
 
 def only_last(objective: Objective) -> bool:
