@@ -317,6 +317,14 @@ def test_strategies_without_whole_parameters_are_refused_by_name(namespace: Any,
 
 
 @pytest.mark.parametrize("namespace", [pl, pytorch_lightning])
+def test_a_device_without_double_precision_is_refused_before_anything_is_moved_there(namespace: Any) -> None:
+    strategy = namespace.strategies.SingleDeviceStrategy
+    refuse_strategy(SimpleNamespace(strategy=strategy("cpu")))
+    with pytest.raises(MisconfigurationException, match=r"no.*have.*accelerator='cpu'"):
+        refuse_strategy(SimpleNamespace(strategy=strategy("mps")))
+
+
+@pytest.mark.parametrize("namespace", [pl, pytorch_lightning])
 def test_data_parallel_strategies_are_accepted(namespace: Any) -> None:
     for start_method in ("popen", "spawn", "fork"):
         refuse_strategy(SimpleNamespace(strategy=namespace.strategies.DDPStrategy(start_method=start_method)))

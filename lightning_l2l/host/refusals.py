@@ -30,11 +30,11 @@ _REASONS = {
 
 
 def refuse_strategy(trainer: pl.Trainer) -> None:
-    """Refuse what can be seen in ``setup``: the way the training is distributed.
+    """Refuse what can be seen in ``setup``: the device, and the way the training is distributed.
 
     Raises:
-        MisconfigurationException: Parameters that are not whole on each process, or gradients that are not the plain
-            mean over the processes.
+        MisconfigurationException: A device without double precision, parameters that are not whole on each process, or
+            gradients that are not the plain mean over the processes.
     """
     strategy = trainer.strategy
     names = {base.__name__ for base in type(strategy).__mro__}
@@ -44,6 +44,11 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
         raise MisconfigurationException(
             f"LearnToLearn cannot be used with {type(strategy).__name__}: {reason}, and a look-ahead replaces whole "
             "parameters by name. Use a single device or strategy='ddp'."
+        )
+    if "SingleDeviceStrategy" in names and strategy.root_device.type == "mps":
+        raise MisconfigurationException(
+            "LearnToLearn adds up in float64, which Apple's GPUs (the device 'mps') do not have. Use "
+            "Trainer(accelerator='cpu')."
         )
     if changes_averaging(strategy):
         raise MisconfigurationException(

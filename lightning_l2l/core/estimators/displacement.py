@@ -172,7 +172,7 @@ def part_back(step: int, planned: float) -> float:
 
 @dataclass(frozen=True)
 class Slope:
-    """How steeply a loss rises along the displacement.
+    """How steeply a loss rises along the displacement; where the parameters are, so that nothing has to wait for it.
 
     Attributes:
         loss: The loss; 0-dim float64.
@@ -210,20 +210,27 @@ def slope(
         (2.5, 2.5)
     """
     names = [name for name, gradient in gradients.items() if gradient is not None]
+    loss = loss.detach().double()
+    zero = torch.zeros(len(like), dtype=torch.float64, device=loss.device)
+    if not names:
+        return Slope(loss, zero, zero)
     ways = [displaced[name] for name in names]
     found = [_given(gradients[name]).to(way) for name, way in zip(names, ways, strict=True)]
-    if not names:
-        zero = torch.zeros_like(like, dtype=torch.float64)
-        return Slope(loss.detach().double(), zero, zero)
-    index = torch.tensor([places[name] for name in names], device=like.device)
+    index = torch.tensor([places[name] for name in names], device=loss.device)
 
     def by_place(values: Sequence[Tensor]) -> Tensor:
-        numbers = torch.stack([value.double() for value in values]).to(like.device)
-        return torch.zeros_like(like, dtype=torch.float64).index_add_(0, index, numbers)
+        return zero.index_add(0, index, torch.stack([value.double() for value in values]))
 
     along = by_place([product.sum(dtype=torch.float64) for product in torch._foreach_mul(found, ways)])
     squares = [by_place([norm.double().square() for norm in torch._foreach_norm(part)]) for part in (found, ways)]
-    return Slope(loss.detach().double(), along, (squares[0] * squares[1]).sqrt())
+    return Slope(loss, along, (squares[0] * squares[1]).sqrt())
+
+
+def _together(slopes: Sequence[Slope], device: torch.device) -> list[Slope]:
+    """The same on another device, with a single transfer."""
+    numbers = torch.stack([torch.cat([one.loss.reshape(1), one.along, one.steepest]) for one in slopes]).to(device)
+    count = len(slopes[0].along)
+    return [Slope(row[0], row[1 : 1 + count], row[1 + count :]) for row in numbers]
 
 
 def displacement(
@@ -249,19 +256,19 @@ def displacement(
     """
     if not only_last(objective):
         raise ValueError(f"objective={objective!r} counts losses on the way, and a displacement knows only the last.")
+    found, *said = _together([found] if training is None else [found, training], like.device)
     tally = Tally(objective, steps, None)
-    if training is not None:
-        tally.diverged(training.loss)
+    for other in said:
+        tally.diverged(other.loss)
     factor, _ = tally.add(steps, found.loss, torch.zeros_like(found.loss))
-    factor = factor.to(like.device)
     result = tally.result("displacement", reason, {"learning_rate": (found.along * factor).to(like)}, math.nan)
     bounds = {"learning_rate": (found.steepest * factor.abs()).to(like)}
-    if training is None:
+    if not said:
         return replace(result, bounds=bounds)
     # A training batch may be broken (its step is skipped then, or the run is about to be lost): it says nothing.
-    gap = torch.where(training.along.isfinite(), found.along - training.along, 0.0).clamp(min=0)
+    gap = torch.where(said[0].along.isfinite(), found.along - said[0].along, 0.0).clamp(min=0)
     gaps = {"learning_rate": (gap * factor.abs()).to(like)}
-    diagnostics = replace(result.diagnostics, training_gradients={"learning_rate": training.along.to(like)})
+    diagnostics = replace(result.diagnostics, training_gradients={"learning_rate": said[0].along.to(like)})
     return replace(result, bounds=bounds, gaps=gaps, diagnostics=diagnostics)
 
 
