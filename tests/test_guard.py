@@ -105,6 +105,8 @@ def test_a_run_that_is_back_at_its_first_losses_is_taken_back(trainer: Any) -> N
     fit_long(trainer, module, callback, callbacks=[callback, Ruins()])
     (step,) = rollbacks(callback)
     assert 150 < step <= 165  # ten losses say so, sooner or later by the noise of a few
+    notes = [record["diagnostics"]["note"] for record in callback.history]
+    assert sum("had lost half of what it had won" in note for note in notes) == 1
     assert final_loss(module) < 0.6
 
 

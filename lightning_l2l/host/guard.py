@@ -196,6 +196,7 @@ class DivergenceGuard:
         nowhere = self._watch.out_of_nowhere and not self._since_snapshot
         # A process whose losses are well has no say; the others have to agree, or their rates would differ.
         cut = _CUT if self._any(self._watch.suspicious and not nowhere) else _SMALL_CUT
+        what = "had diverged" if self._watch.alarming else "had lost half of what it had won"
         self._watch.forget()
         self.rollbacks += 1
         self._since_snapshot += 1
@@ -203,7 +204,7 @@ class DivergenceGuard:
         self._learned.project_()
         self._applied.refresh(force=True)
         note = (
-            "The training had diverged. Weights, buffers and optimizer state were taken back to the last good "
+            f"The training {what}. Weights, buffers and optimizer state were taken back to the last good "
             f"snapshot, and the learning rate was multiplied by {cut}."
         )
         if self.rollbacks == _MOST_ROLLBACKS:
