@@ -111,7 +111,7 @@ def fit_with_places() -> dict[str, Any]:
             step += 1
             now = places.places[step]
             average = {name: average[name] + max(1 / (step + 1), 1 / 20) * (now[name] - average[name]) for name in now}
-        part = 0.4 * min(1, 2 * (1 - step / trainer.estimated_stepping_batches))
+        part = 0.4 * min(1, 2 * (1 - step / trainer.estimated_stepping_batches)) * (1 - trainer.max_epochs / 20)
         module.load_state_dict({name: now[name] + part * (average[name] - now[name]) for name in now})
         module.zero_grad()
         loss = functional.cross_entropy(module.net(judge[0]), judge[1])

@@ -66,7 +66,7 @@ class ByHand(pl.Callback):
         self.averages: list[dict[str, Tensor]] = []
         self.windows: list[list[Any]] = []
         self.begins: list[int] = []
-        self.planned = 0
+        self.planned = self.passes = 0
 
     def begin(self, module: Any) -> None:
         """The way begins here."""
@@ -80,7 +80,7 @@ class ByHand(pl.Callback):
         self.averages.append({name: now[name] * weight + last[name] * (1 - weight) for name in now})
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.planned = trainer.estimated_stepping_batches
+        self.planned, self.passes = trainer.estimated_stepping_batches, trainer.max_epochs
         self.begin(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -97,7 +97,7 @@ class ByHand(pl.Callback):
         self, module: Any, at: int, batches: Any, places: Any, logarithmic: bool, *, back: bool = True
     ) -> tuple[float, Any]:
         """The meta-objective and its derivatives where step ``at`` led to, or some of the way back from there."""
-        part = 0.4 * min(1, 2 * (1 - at / self.planned)) if back else 0.0
+        part = 0.4 * min(1, 2 * (1 - at / self.planned)) * (1 - self.passes / 20) if back else 0.0
         leaves = {
             name: (place + part * (self.averages[at][name] - place)).requires_grad_()
             for name, place in self.places[at].items()
@@ -422,11 +422,11 @@ def lowest_rate(trainer: Any) -> float:
 def test_a_rate_that_falls_fast_is_not_judged_by_its_first_large_steps_for_ever(
     trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It has to fall while the steps lead away; measured: to 0.167, without rescaling to 0.060.
-    lowest = lowest_rate(trainer)
-    assert lowest > best_constant_rate() / 5
+    best = best_constant_rate()
+    # It has to fall while the steps lead away (to a fifth of the best, measured); 10 leaves a factor of two.
+    assert lowest_rate(trainer) > best / 10
     monkeypatch.setattr(Displacement, "rescale", lambda *_: None)
-    assert lowest_rate(trainer) < lowest / 2
+    assert lowest_rate(trainer) < 1e-6 * best  # what rescaling the way is for
 
 
 @pytest.mark.parametrize(("estimator", "own_kernels"), [("displacement", True), ("forward", False)])

@@ -141,30 +141,15 @@ def test_relative_to_its_bound_it_is_a_cosine() -> None:
             names = [name for name, place in places.items() if place == index]
             pair = [torch.cat([part[name] for name in names]) for part in (gradients, way)]
             cosine = torch.nn.functional.cosine_similarity(*pair, dim=0).item()
-            assert found.votes()["learning_rate"][index].item() == pytest.approx(cosine, abs=1e-6)  # float32
+            assert found.relative()["learning_rate"][index].item() == pytest.approx(cosine, abs=1e-6)  # float32
 
 
 def test_no_way_yet_is_no_vote_and_not_nan() -> None:
     still = {"w": torch.zeros(2)}
     found = asked(torch.tensor(1.0), {"w": torch.ones(2)}, still, {"w": 0}, torch.zeros(1), "log", steps=100)
-    assert found.usable and found.gradients["learning_rate"].tolist() == found.votes()["learning_rate"].tolist() == [
+    assert found.usable and found.gradients["learning_rate"].tolist() == found.relative()["learning_rate"].tolist() == [
         0.0
     ]
-
-
-@pytest.mark.parametrize("objective", ["log", "naive"])
-def test_what_the_training_batch_does_not_see_of_a_rise_counts_once_more(objective: Any) -> None:
-    like, places, way = torch.zeros(2), {"a": 0, "b": 1}, {name: torch.ones(1) for name in "ab"}
-    held_out = slope(torch.tensor(2.0), {"a": torch.tensor([3.0]), "b": torch.tensor([-4.0])}, way, places, like)
-    for training, gaps in (([1.0, -4.5], [2.0, 0.5]), ([5.0, -1.0], [0.0, 0.0])):
-        gradients = {name: torch.tensor([value]) for name, value in zip("ab", training, strict=True)}
-        # The training loss has another size; what is compared is how losses change.
-        said = slope(torch.tensor(0.1), gradients, way, places, like)
-        found = displacement(held_out, like, objective, 100, training=said)
-        factor = 1 / (2.0 * 100) if objective == "log" else 1.0
-        assert found.gradients["learning_rate"].tolist() == pytest.approx([3.0 * factor, -4.0 * factor])  # float32
-        assert found.gaps["learning_rate"].tolist() == pytest.approx([gap * factor for gap in gaps])
-        assert found.votes()["learning_rate"].tolist() == pytest.approx([(3 + gaps[0]) / 3, (-4 + gaps[1]) / 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

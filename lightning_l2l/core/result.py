@@ -59,28 +59,21 @@ class MetaGradient:
         diagnostics: How the unroll went.
         bounds: For each meta-parameter what the absolute value of its gradient could be at most, given how long the two
             vectors are that it is the inner product of; only of the estimator ``"displacement"``.
-        gaps: For each meta-parameter by how much the training batch's gradient is smaller, and zero where it is not;
-            only of ``"displacement"`` with held-out data. Held-out losses that rise, or fall less than training losses,
-            are what overfitting looks like.
     """
 
     value: float
     gradients: Mapping[str, Tensor]
     diagnostics: Diagnostics
     bounds: Mapping[str, Tensor] = field(default_factory=dict)
-    gaps: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def votes(self) -> dict[str, Tensor]:
-        """What a meta-optimizer is to follow: the gradients and their gaps, over their bounds where these are known.
-
-        A gradient over its bound is a cosine: no large loss outweighs others.
-        """
-        votes = {}
-        for name, gradient in self.gradients.items():
-            votes[name] = gradient + self.gaps[name] if name in self.gaps else gradient
-            if name in self.bounds:
-                votes[name] = votes[name] / torch.where(self.bounds[name] > 0, self.bounds[name], 1.0)
-        return votes
+    def relative(self) -> dict[str, Tensor]:
+        """The gradients, divided by their bounds where these are known: cosines then, which no large loss outweighs."""
+        return {
+            name: gradient / torch.where(self.bounds[name] > 0, self.bounds[name], 1.0)
+            if name in self.bounds
+            else gradient
+            for name, gradient in self.gradients.items()
+        }
 
     @property
     def usable(self) -> bool:

@@ -18,7 +18,7 @@ from lightning_l2l.host.isolation import invisible
 from lightning_l2l.host.live import LARGEST_SAVED, WindowIncompleteError
 from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.settings import Settings
-from lightning_l2l.host.trainer import live_optimizer, loss_scale, planned_steps
+from lightning_l2l.host.trainer import live_optimizer, loss_scale, passes, planned_steps
 from lightning_l2l.host.training_step import Window, owned_tensors
 from lightning_l2l.optimizers import LearnedOptimizer
 
@@ -54,8 +54,8 @@ def displacement_obstacle(
 class DisplacementSteps:
     """Watches where the parameters go; at a meta-update, asks whether that was uphill.
 
-    Held-out data are judged after a step, on copies of the buffers, where the run is or (early in a training whose end
-    is known) some of the way back. Training data (``meta_data=
+    Held-out data are judged after a step, on copies of the buffers, where the run is or (early in a training of few
+    passes whose end is known) some of the way back. Training data (``meta_data=
     "train"``) need no evaluation: the gradient that the step is about to use, of a batch that has not been trained on
     since the last epoch, says it before the step.
 
@@ -188,7 +188,8 @@ class DisplacementSteps:
     def judge(self, judge: Window) -> None:
         """Evaluate the meta-loss where the run is now or, early on, a little back, on copies of its buffers."""
         parameters, buffers = owned_tensors(self._module, live_optimizer(self._trainer))
-        part = part_back(self._trainer.global_step, planned_steps(self._trainer))
+        planned = planned_steps(self._trainer)
+        part = part_back(self._trainer.global_step, planned, passes(self._trainer, planned))
         place = self._follow(parameters).towards_average(parameters, part) if part else parameters
 
         def evaluate() -> Slope:

@@ -207,7 +207,7 @@ class Session:
             return MetaUpdate(self._steps_seen, result, trouble, f"{note} Observed only.".strip())
         if result.usable:
             self.guard.all_is_well(self.source.judges)
-            self._meta_optimizer.apply(self._learned, result.votes())
+            self._meta_optimizer.apply(self._learned, result.relative())
         else:
             # Never apply what is not a gradient. Diverging means that the rate is too large, and that much is known.
             halved = self._learned.scaled_rate(0.5) if trouble == "diverged" else None

@@ -44,6 +44,11 @@ def planned_steps(trainer: pl.Trainer) -> float:
     return float(steps)
 
 
+def passes(trainer: pl.Trainer, steps: float) -> float:
+    """How often so many optimizer steps see each training batch; 0 where there is no end of them."""
+    return steps * trainer.accumulate_grad_batches / trainer.num_training_batches
+
+
 def loads_from_iterator(module: nn.Module) -> bool:
     """Whether ``training_step`` takes the data iterator itself, so that no batch exists outside it."""
     return is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)  # type: ignore[arg-type]

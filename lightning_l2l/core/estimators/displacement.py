@@ -18,13 +18,10 @@ step-size adaptation: IDBD, Sutton, AAAI 1992; MetaOptimize, Sharifnassab, Saleh
 training gradients.)
 
 **Where it is judged.** The noise of the last steps raises the loss where the training is now, but a smaller rate later
-on takes that away again, and the way that was won stays. So early in a training that is known to end, the gradient is
-taken a part of the way back towards the average (:meth:`Displacement.towards_average`, :func:`part_back`), where there
-is less of that noise; from half-way on that part falls to zero, and the noise counts in full.
-
-**What overfitting adds.** Where held-out data are asked and the training batch finds the same way less steep uphill, or
-downhill, the difference is how fast the generalisation gap grows, and it counts once more
-(:attr:`~lightning_l2l.MetaGradient.gaps`).
+on takes that away again, and the way that was won stays. So early in a training of few passes over its data, whose end
+is known, the gradient is taken a part of the way back towards the average (:meth:`Displacement.towards_average`,
+:func:`part_back`), where there is less of that noise. From half-way on that part falls to zero, and the noise counts.
+With many passes it is zero from the start: there a smaller rate also keeps the network from learning noise by heart.
 
 Exact if the gradients (and decays) do not depend on the parameters: for a change of the rate in all steps as long as
 the average is still the start, later for one that fades into the past. In a direction of curvature ``h`` the true
@@ -49,8 +46,9 @@ from lightning_l2l.core.tally import Tally
 # So often within its memory the average looks at the parameters; oftener costs more than it shows.
 _LOOKS = 20
 # Measured (docs, "opponents"): nearer to the average, rates rise until trainings are lost; nearer to the present, noise
-# makes them too small for a language model.
+# makes them too small for a language model; with many passes over few data, they become too large.
 _PART_BACK = 0.4
+_MANY_PASSES = 20
 
 
 class Displacement:
@@ -155,19 +153,22 @@ class Displacement:
         self._steps = state["steps"]
 
 
-def part_back(step: int, planned: float) -> float:
+def part_back(step: int, planned: float, passes: float) -> float:
     """How much of the way back towards the average to judge a training by.
 
     Args:
         step: Steps that have been made.
         planned: Steps of the whole training; ``inf`` where nobody knows, and then there is no later phase to count on.
+        passes: How often the whole training will see each example; 0 for a stream.
 
     Example:
-        >>> part_back(100, 1000), part_back(750, 1000), part_back(1000, 1000), part_back(100, math.inf)
+        >>> part_back(100, 1000, 0), part_back(750, 1000, 0), part_back(1000, 1000, 0), part_back(100, math.inf, 0)
         (0.4, 0.2, 0.0, 0.0)
+        >>> part_back(100, 1000, passes=10), part_back(100, 1000, passes=30)
+        (0.2, 0.0)
     """
     left = 1 - step / planned if 0 < planned < math.inf else 0.0
-    return _PART_BACK * min(1.0, max(0.0, 2 * left))
+    return _PART_BACK * min(1.0, max(0.0, 2 * left)) * max(0.0, 1 - passes / _MANY_PASSES)
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,7 @@ def displacement(
         training: The slope of the last training batch's loss, before its step.
 
     Returns:
-        The result, with :attr:`~lightning_l2l.MetaGradient.bounds` and, with ``training``,
-        :attr:`~lightning_l2l.MetaGradient.gaps`.
+        The result, with :attr:`~lightning_l2l.MetaGradient.bounds`.
 
     Raises:
         ValueError: An objective that counts other losses than the last one.
@@ -263,13 +263,11 @@ def displacement(
     factor, _ = tally.add(steps, found.loss, torch.zeros_like(found.loss))
     result = tally.result("displacement", reason, {"learning_rate": (found.along * factor).to(like)}, math.nan)
     bounds = {"learning_rate": (found.steepest * factor.abs()).to(like)}
+    result = replace(result, bounds=bounds)
     if not said:
-        return replace(result, bounds=bounds)
-    # A training batch may be broken (its step is skipped then, or the run is about to be lost): it says nothing.
-    gap = torch.where(said[0].along.isfinite(), found.along - said[0].along, 0.0).clamp(min=0)
-    gaps = {"learning_rate": (gap * factor.abs()).to(like)}
-    diagnostics = replace(result.diagnostics, training_gradients={"learning_rate": said[0].along.to(like)})
-    return replace(result, bounds=bounds, gaps=gaps, diagnostics=diagnostics)
+        return result
+    training_gradients = {"learning_rate": said[0].along.to(like)}
+    return replace(result, diagnostics=replace(result.diagnostics, training_gradients=training_gradients))
 
 
 def only_last(objective: Objective) -> bool:
