@@ -19,11 +19,12 @@ _HIGH = 2.0
 # So many of them since the last time that all was well are a suspicion. One may be a batch.
 _SEVERAL = 3
 _RECENT = 10
-# Parts of what the lowest median of recent losses had won (if that was at least _WON of the first loss): a run that has
-# lost the first is not well, one that has lost the second has relapsed.
+# Parts of what the lowest median of recent losses had won (if that was at least _WON of the first loss, and clearly
+# more than these losses differ): a run that has lost the first is not well, one that has lost the second has relapsed.
 _SLIP = 0.25
 _RELAPSE = 0.5
 _WON = 0.1
+_CLEARLY_MORE = 3.0
 # In units of the loss before, or of its spread over batches where that is larger.
 _CLEARLY_WORSE = 0.5
 _WORSE = 0.1
@@ -68,6 +69,7 @@ class LossWatch:
         self._broken: int = saved.get("broken", 0)
         self._recent: list[float] = list(saved.get("recent", []))
         self._lowest: float = saved.get("lowest", math.inf)
+        self._spread: float = saved.get("spread", 0.0)
         self._relapse: float = saved.get("relapse", _RELAPSE)
         self.high: list[float] = list(saved.get("high", []))
         self._zeros: float = saved.get("zeros", 0.0)
@@ -79,7 +81,8 @@ class LossWatch:
             self._broken += 1
             return
         self._recent = [*self._recent, loss][-_RECENT:]
-        self._lowest = min(self._lowest, self._level)
+        if self._level < self._lowest:
+            self._lowest, self._spread = self._level, statistics.pstdev(self._recent)
         if math.isnan(self.start):
             self.start, self._threshold = loss, loss + _HIGH * abs(loss)
         elif loss > self._threshold:
@@ -104,7 +107,8 @@ class LossWatch:
 
     def _has_lost(self, part: float) -> bool:
         won = self.start - self._lowest
-        return won > _WON * abs(self.start) and math.inf > self._level > self._lowest + part * won
+        has_won = won > max(_WON * abs(self.start), _CLEARLY_MORE * self._spread)
+        return has_won and math.inf > self._level > self._lowest + part * won
 
     @property
     def suspicious(self) -> bool:
@@ -157,6 +161,7 @@ class LossWatch:
             "high": list(self.high),
             "recent": list(self._recent),
             "lowest": self._lowest,
+            "spread": self._spread,
             "relapse": self._relapse,
             "zeros": self._zeros,
             "tolerated_zeros": self._tolerated_zeros,
@@ -223,13 +228,19 @@ def zero_share(gradients: Sequence[Tensor | None]) -> float:
         >>> zero_share([torch.tensor([0.0, 0.0, 1.0]), None, torch.zeros(1)])
         0.75
     """
+    share = share_of_zeros(gradients)
+    return 0.0 if share is None else share.item()
+
+
+def share_of_zeros(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """The same, where the gradients are, without waiting for it; ``None`` if there are none."""
     present = [gradient for gradient in gradients if gradient is not None]
     entries = sum(gradient.numel() for gradient in present)
     if not entries:
-        return 0.0
+        return None
     # Not the zeros: a comparison makes a tensor to count in (and is five times as slow; torch 2.13, CPU).
     others = torch.stack([gradient.count_nonzero() for gradient in present]).sum()
-    return (entries - int(others)) / entries
+    return (entries - others).double() / entries
 
 
 def has_died(before: float, now: float) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_l2l.core.divergence import LossWatch, has_died, is_better, is_lost, zero_share
+from lightning_l2l.core.divergence import LossWatch, has_died, is_better, is_lost, share_of_zeros, zero_share
 from lightning_l2l.core.processes import Processes, StepSkippedError, together
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.in_place import LearnedInPlace
@@ -111,13 +111,17 @@ class DivergenceGuard:
         self._losses = []
         if self._snapshot is None or self.rollbacks >= _MOST_ROLLBACKS or not (due or self._looks_at_every_step):
             return ""
-        for loss in _numbers(self._pending):
-            self._watch.see(loss)
-        self._pending = []
+        zeros = None
         if due:  # the gradients of the last step are still there
             groups = live_optimizer(self._trainer).param_groups
             moved = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
-            self._watch.see_zeros(zero_share([parameter.grad for parameter in moved]))
+            zeros = share_of_zeros([parameter.grad for parameter in moved])
+        numbers = _numbers([*self._pending, *([] if zeros is None else [zeros])])
+        for loss in numbers[: len(self._pending)]:
+            self._watch.see(loss)
+        self._pending = []
+        if due:
+            self._watch.see_zeros(numbers[-1] if zeros is not None else 0.0)
         # One process's bad news are everybody's.
         if not self._any(self._watch.suspicious):
             return ""
@@ -229,4 +233,4 @@ def _numbers(losses: list[Tensor]) -> list[float]:
     """One number for each, with one synchronisation; of a single one without a copy, since that is every step's."""
     if len(losses) <= 1:
         return [loss.item() for loss in losses]
-    return [float(loss) for loss in torch.stack([loss.reshape(()).float() for loss in losses]).tolist()]
+    return [float(loss) for loss in torch.stack([loss.reshape(()).double() for loss in losses]).tolist()]
