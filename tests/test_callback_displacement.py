@@ -174,16 +174,26 @@ def test_the_training_gradient_beside_it_is_that_of_the_last_training_batch(trai
     assert len(callback.history) == 2
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-def test_where_the_end_is_unknown_it_is_judged_where_it_is(trainer: Any) -> None:
-    class Endless(IterableDataset):
-        def __iter__(self) -> Any:
-            return iter(loader(48, 0, batch_size=48).dataset)
+class Endless(IterableDataset):
+    """Some fifty examples, and nobody knows that."""
 
+    def __iter__(self) -> Any:
+        return iter(loader(48, 0, batch_size=48).dataset)
+
+
+@pytest.mark.parametrize(
+    ("data", "epochs"), [(DataLoader(Endless(), 8), 2), (loader(16, batch_size=8), 20)], ids=["no end", "many passes"]
+)
+def test_where_the_end_is_unknown_or_passes_are_many_it_is_judged_where_it_is(
+    trainer: Any, data: Any, epochs: int
+) -> None:
     by_hand, module = ByHand(), TwoGroups()
     callback = observer(unroll_steps=MEMORY, every_n_steps=5, objective="naive", meta_data=judge())
-    trainer(callback, by_hand, precision="64-true").fit(module, DataLoader(Endless(), 8), loaders()["val_dataloaders"])
-    assert by_hand.planned in (-1, math.inf) and [record["step"] for record in callback.history] == [5, 10]
+    running = trainer(
+        callback, by_hand, precision="64-true", max_epochs=epochs, accumulate_grad_batches=epochs // 10 or 1
+    )
+    running.fit(module, data, loaders()["val_dataloaders"])
+    assert [record["step"] for record in callback.history][:2] == [5, 10]
     for record in callback.history:
         _, slopes = by_hand.meta_gradient(module, record["step"], judge(), PLACES["group"], False, back=False)
         assert record["meta_gradient"]["learning_rate"] == pytest.approx(slopes, rel=1e-9)  # float64, as above
