@@ -200,7 +200,7 @@ class DivergenceGuard:
         nowhere = self._watch.out_of_nowhere and not self._since_snapshot
         # A process whose losses are well has no say; the others have to agree, or their rates would differ.
         cut = _CUT if self._any(self._watch.suspicious and not nowhere) else _SMALL_CUT
-        what = "had diverged" if self._watch.alarming else "had lost half of what it had won"
+        what = "had diverged" if self._any(self._watch.alarming) else "had lost half of what it had won"
         self._watch.forget()
         self.rollbacks += 1
         self._since_snapshot += 1
