@@ -64,9 +64,9 @@ def test_a_meta_gradient_of_zero_has_no_direction() -> None:
 
 def test_luck_is_not_called_overfitting() -> None:
     false = sum(overfits(luck(20, seed), luck(20, seed + 5000)) for seed in range(2000))
-    assert false <= 8  # one in a thousand expected (2 % opposite so often, of these 4 % positive so often)
-    assert overfits([[0.1]] * 15 + [[-0.1]] * 5, [[-1.0]] * 20)
-    assert not overfits([[0.1]] * 14 + [[-0.1]] * 6, [[-1.0]] * 20)  # held-out batches do not mostly want less
+    assert false == 0  # 0.1 % are opposite so often, and few of these positive so often
+    assert overfits([[0.1]] * 17 + [[-0.1]] * 3, [[-1.0]] * 20)
+    assert not overfits([[0.1]] * 16 + [[-0.1]] * 4, [[-1.0]] * 20)  # held-out batches do not mostly want less
     assert not overfits([[-0.1]] * 20, [[1.0]] * 20)  # opposite the other way round
     assert not overfits([[0.1]] * 20, [[1.0]] * 20)
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 # So many recent meta-gradients are put together; fewer than half of them say nothing yet.
 RECENT = 10
 _FEWEST = RECENT // 2
-# For a warning: so many, of which three in four have to say the same.
+# For a warning: so many, of which seventeen in twenty have to say the same.
 _FOR_A_VERDICT = 2 * RECENT
-_MOSTLY = 0.5
+_MOSTLY = 0.7
 
 Rows = Sequence[Sequence[float]]
 
@@ -70,10 +70,9 @@ def agreement(gradients: Rows, others: Rows) -> float:
 def overfits(held_out: Rows, training: Rows) -> bool:
     """Whether training batches ask for larger learning rates against held-out ones that ask for smaller ones.
 
-    For meta-gradients with respect to logarithms of learning rates. Of the last twenty pairs, three in four have to be
-    opposite, with the held-out ones positive in three of four. (Independent pairs that are a matter of luck look like
-    this once in a thousand windows. Measured with live windows: docs, "reading the signals". Pairs by a displacement
-    with a long memory are not independent.)
+    For meta-gradients with respect to logarithms of learning rates. Of the last twenty pairs, seventeen have to be
+    opposite, with the held-out ones positive in seventeen. (Pairs by a displacement with a long memory are not
+    independent, so that luck does that more often than a coin would. Measured: docs, "reading the signals".)
 
     Args:
         held_out: The last meta-gradients by held-out batches, oldest first.
