@@ -15,7 +15,7 @@ import torch
 from digits_task import QUIET, Classifier, Digits, prepare
 
 from lightning_l2l import LearnedStepSize, LearnToLearn, meta_gradient
-from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.functional import inner_optimizer
 
 
 def observe(learning_rate: float, initial_search: bool, epochs: int) -> LearnToLearn:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core.inner import mirror, read_state
-from lightning_l2l.core.meta_optimizer import MetaOptimizer
+from lightning_l2l.exact.meta_optimizer import MetaOptimizer
+from lightning_l2l.functional import mirror, read_state
 from lightning_l2l.plotting import STYLES, new_figure
 
 UNROLL_STEPS, EVERY_N_STEPS, META_LEARNING_RATE = 3, 20, 0.4

@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core.inner import mirror, read_state
+from lightning_l2l.functional import mirror, read_state
 from lightning_l2l.plotting import STYLES, new_figure
 
 UNROLL_STEPS, EVERY_N_STEPS, META_LEARNING_RATE = 5, 20, 0.3

@@ -2,13 +2,12 @@
 
 from lightning_l2l.__about__ import __version__
 from lightning_l2l.callback import LearnToLearn
-from lightning_l2l.core.check import check
-from lightning_l2l.core.meta_gradient import meta_gradient
-from lightning_l2l.core.plan import plan
-from lightning_l2l.core.result import Diagnostics, MetaGradient
+from lightning_l2l.exact.check import check
+from lightning_l2l.exact.meta_gradient import meta_gradient
+from lightning_l2l.exact.plan import plan
+from lightning_l2l.exact.result import Diagnostics, MetaGradient
 from lightning_l2l.host.task_module import TaskModule
-from lightning_l2l.meta_training import MetaTraining
-from lightning_l2l.optimizers import (
+from lightning_l2l.learned import (
     LearnedHyperparameters,
     LearnedOptimizer,
     LearnedStepSize,
@@ -17,6 +16,7 @@ from lightning_l2l.optimizers import (
     SmallFCOptimizer,
     TinyOptimizer,
 )
+from lightning_l2l.meta_training import MetaTraining
 from lightning_l2l.schedule import LearnedSchedule
 
 __all__ = [

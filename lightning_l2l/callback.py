@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_l2l.core.initial_search import SearchResult
-from lightning_l2l.core.objectives import Objective
+from lightning_l2l.exact.initial_search import SearchResult
+from lightning_l2l.exact.objectives import Objective
 from lightning_l2l.host import refusals, report
 from lightning_l2l.host.applied_record import exported
 from lightning_l2l.host.figures import log_figure
@@ -19,7 +19,7 @@ from lightning_l2l.host.saved_state import VERSION, check_saved
 from lightning_l2l.host.session import Session
 from lightning_l2l.host.settings import HostEstimator, Settings, check_learned
 from lightning_l2l.host.trainer import live_optimizer
-from lightning_l2l.optimizers import LearnedOptimizer, LearnedStepSize, LearnedTorchOptimizer
+from lightning_l2l.learned import LearnedOptimizer, LearnedStepSize, LearnedTorchOptimizer
 from lightning_l2l.schedule import LearnedSchedule
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class LearnToLearn(pl.Callback):
             (:func:`lightning_l2l.meta_gradient`). ``"auto"``: displacement for learning rates alone under ``"log"`` or
             ``"naive"``; else live for one or two numbers, where the graph can be differentiated twice; else ahead.
         meta_learning_rate: The most that the logarithm of a rate falls in one meta-update, roughly (a rise is a
-            quarter as long; see :class:`~lightning_l2l.core.meta_optimizer.MetaOptimizer`); 0 only observes.
+            quarter as long; see :class:`~lightning_l2l.exact.meta_optimizer.MetaOptimizer`); 0 only observes.
         initial_search: Start from a rate found by a range test, whatever the optimizer was given.
         search_budget: The most that the range test may cost, as a fraction of the planned training steps (at least 16
             and at most 160 steps). About eight candidates share it; one that gets fewer than five steps sees little, so

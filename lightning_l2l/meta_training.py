@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.objectives import Objective, check_objective
-from lightning_l2l.core.windows import Name, WindowEstimator
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.objectives import Objective, check_objective
+from lightning_l2l.exact.windows import Name, WindowEstimator
 from lightning_l2l.host.ranks import from_all_ranks
-from lightning_l2l.optimizers.base import LearnedOptimizer
-from lightning_l2l.optimizers.tf1_rmsprop import TF1RMSProp
+from lightning_l2l.learned.base import LearnedOptimizer
+from lightning_l2l.learned.tf1_rmsprop import TF1RMSProp
 from lightning_l2l.tasks.family import TaskFamily, as_family
 from lightning_l2l.tasks.length import Length, as_length
 from lightning_l2l.tasks.population import Judgement, Population
@@ -54,7 +54,7 @@ class MetaTraining(pl.LightningModule):
         tasks_at_once: Tasks side by side on each process.
         populations: Groups of ``tasks_at_once`` tasks that are at different steps of their training (staggered), taking
             turns. Only with ``episode_steps``.
-        objective: The meta-objective; see :mod:`lightning_l2l.core.objectives`. Over tasks it is the mean.
+        objective: The meta-objective; see :mod:`lightning_l2l.exact.objectives`. Over tasks it is the mean.
         meta_data: ``"val"``: train-by-validation; ``"train"``: train-by-train, on fresh training batches.
         meta_batch: ``"sample"``: one batch of each task for each unroll; ``"full"``: all of the split.
         estimator: ``"auto"``: ``reverse``, or ``segmented`` above 64 steps, of a whole training; of windows
@@ -75,7 +75,7 @@ class MetaTraining(pl.LightningModule):
 
     Example:
         >>> from lightning_l2l import LearnedStepSize, MetaTraining
-        >>> from lightning_l2l.core.inner import inner_optimizer
+        >>> from lightning_l2l.functional import inner_optimizer
         >>> from lightning_l2l.tasks import Quadratic
         >>> learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=0.01))
         >>> meta_training = MetaTraining(learned, Quadratic.random(2, seed=0), unroll_steps=5, tasks_at_once=2)

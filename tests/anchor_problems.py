@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torchopt.base import GradientTransformation
 
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.windows import WindowEstimator
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.windows import WindowEstimator
+from lightning_l2l.functional import inner_optimizer
+from lightning_l2l.learned import LearnedOptimizer
 
 
 class InfluenceBalancing(LearnedOptimizer):

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_l2l import LearnToLearn, MetaTraining, MLPOptimizer
-from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.host import look_ahead
-from lightning_l2l.optimizers import LearnedStepSize
+from lightning_l2l.learned import LearnedStepSize
 from lightning_l2l.tasks import Quadratic
 
 OPTIMIZERS = {

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchopt import sgd as torchopt_sgd
 
 from lightning_l2l import LearnedOptimizer, LearnedStepSize
-from lightning_l2l.core.inner import mirror
+from lightning_l2l.functional import mirror
 from lightning_l2l.host.applied import AppliedValues
 
 

@@ -18,8 +18,8 @@ from lightning_l2l import (
     SmallFCOptimizer,
     TinyOptimizer,
 )
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.optimizers import cohorts as cohorts_module
+from lightning_l2l.functional import inner_optimizer
+from lightning_l2l.learned import cohorts as cohorts_module
 
 
 class TorchoptAdam(LearnedOptimizer):

@@ -34,7 +34,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn
-from lightning_l2l.core.estimators import Displacement
+from lightning_l2l.exact.estimators import Displacement
 
 MEMORY = 20  # short enough to look at the parameters after every step
 SGD = sgd(0.1, momentum=0.9)

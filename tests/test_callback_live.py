@@ -19,8 +19,8 @@ from torch.nn import functional
 from torch.optim import lr_scheduler
 
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn, meta_gradient
-from lightning_l2l.core.clip import clip_gradient_norm
-from lightning_l2l.core.inner import mirror, read_state
+from lightning_l2l.exact.clip import clip_gradient_norm
+from lightning_l2l.functional import mirror, read_state
 from lightning_l2l.host.live import LiveSteps, live_obstacle
 
 EVERY, STEPS = 3, 2
@@ -296,7 +296,7 @@ def test_an_overflow_of_the_scaled_loss_says_nothing_about_the_rate(
     def overflows(gradients: Any, parameters: Any, tangent: Any, *, keep_graph: bool) -> Any:
         return {name: torch.full_like(parameter, float("inf")) for name, parameter in parameters.items()}
 
-    monkeypatch.setattr("lightning_l2l.core.estimators.live.hessian_vector_product", overflows)
+    monkeypatch.setattr("lightning_l2l.exact.estimators.live.hessian_vector_product", overflows)
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
     callback = learner(estimator="live")
     with warnings.catch_warnings():

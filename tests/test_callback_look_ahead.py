@@ -23,8 +23,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core.clip import clip_gradient_norm, clip_gradient_value
-from lightning_l2l.core.inner import mirror, read_state
+from lightning_l2l.exact.clip import clip_gradient_norm, clip_gradient_value
+from lightning_l2l.functional import mirror, read_state
 from lightning_l2l.host.look_ahead import LookAhead
 
 # -- the oracle: the meta-gradient by hand, in plain PyTorch ----------------------------------------------------------

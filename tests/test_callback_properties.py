@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn, optim
 
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn
-from lightning_l2l.core.meta_gradient import Estimator
-from lightning_l2l.core.objectives import Objective
+from lightning_l2l.exact.meta_gradient import Estimator
+from lightning_l2l.exact.objectives import Objective
 
 # How a refusal looks: the kinds of exception that we raise on purpose.
 REFUSALS = (TypeError, ValueError, MisconfigurationException)

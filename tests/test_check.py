@@ -10,8 +10,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_l2l import LearnedHyperparameters
-from lightning_l2l.core.check import check
-from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.exact.check import check
+from lightning_l2l.functional import inner_optimizer
 
 
 def regression(module, batch):

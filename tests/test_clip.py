@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 
-from lightning_l2l.core.clip import clip_gradient_norm, clip_gradient_value
+from lightning_l2l.exact.clip import clip_gradient_norm, clip_gradient_value
 
 NORM_TYPES = [1.0, 1.5, 2.0, 3.0, math.inf]
 

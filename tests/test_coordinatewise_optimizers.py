@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_l2l import LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, TinyOptimizer
-from lightning_l2l.core.meta_gradient import meta_gradient
+from lightning_l2l.exact.meta_gradient import meta_gradient
 
 # Small, so that forward mode over all meta-parameters is quick.
 MAKERS = {

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, meta_gradient
-from lightning_l2l.core.estimators import Displacement, displacement, slope
-from lightning_l2l.core.inner import inner_optimizer, mirror
-from lightning_l2l.core.result import MetaGradient
-from lightning_l2l.core.tally import NegativeLossError
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.exact.estimators import Displacement, displacement, slope
+from lightning_l2l.exact.result import MetaGradient
+from lightning_l2l.exact.tally import NegativeLossError
+from lightning_l2l.functional import inner_optimizer, mirror
+from lightning_l2l.learned import LearnedOptimizer
 
 
 def asked(loss: Any, gradients: Any, way: Any, places: Any, like: Tensor, objective: Any, steps: int) -> MetaGradient:

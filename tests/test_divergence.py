@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_l2l.core.divergence import LossWatch, has_died, is_lost, zero_share
+from lightning_l2l.exact.divergence import LossWatch, has_died, is_lost, zero_share
 
 
 def watch(*losses: float) -> LossWatch:

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mirror import CASES, Net, batches, gradients, grouped, train
 
-from lightning_l2l.core.clip import clip_gradient_norm
-from lightning_l2l.core.inner import inner_optimizer, mirror, read_state, register_mirror
-from lightning_l2l.core.inner.dual import Dual
-from lightning_l2l.core.inner.rule import Rule
-from lightning_l2l.core.inner_step import InnerStep
-from lightning_l2l.core.neighbours import mapped, merged
-from lightning_l2l.core.update_derivative import Movement, UpdateDerivative
-from lightning_l2l.optimizers import LearnedHyperparameters
+from lightning_l2l.exact.clip import clip_gradient_norm
+from lightning_l2l.exact.inner_step import InnerStep
+from lightning_l2l.exact.neighbours import mapped, merged
+from lightning_l2l.exact.update_derivative import Movement, UpdateDerivative
+from lightning_l2l.functional import inner_optimizer, mirror, read_state, register_mirror
+from lightning_l2l.functional.dual import Dual
+from lightning_l2l.functional.rule import Rule
+from lightning_l2l.learned import LearnedHyperparameters
 
 NAMES = {"lr": "learning_rate"}
 
@@ -85,7 +85,7 @@ def test_clipping_has_the_right_derivative_before_dual_numbers(case, monkeypatch
     arguments = problem(case, "group", clip_gradient_norm(0.5))
     (fast, fast_tangents), _ = both_ways(monkeypatch, *arguments)
     # The oracle clips inside the update, so that one graph holds both.
-    from lightning_l2l.core.linearised_update import LinearisedUpdate
+    from lightning_l2l.exact.linearised_update import LinearisedUpdate
 
     step, directions, (iterate, found, movements) = arguments
     meta = {name: offset.detach() for name, offset in step.learned.named_parameters()}

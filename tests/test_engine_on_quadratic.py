@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic
 
 TRUTH = dict(np.load(Path(__file__).parent / "data" / "quadratic_truth.npz"))

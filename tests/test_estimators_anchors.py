@@ -9,7 +9,7 @@ import pytest
 import torch
 from anchor_problems import InfluenceBalancing, MetaTrainingRun, ToyRegression
 
-from lightning_l2l.core.estimators import Particles
+from lightning_l2l.exact.estimators import Particles
 
 
 def influence_balancing(estimator):

@@ -11,11 +11,11 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core.clip import clip_gradient_norm
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.tally import NegativeLossError
-from lightning_l2l.core.windows import WindowEstimator
+from lightning_l2l.exact.clip import clip_gradient_norm
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.tally import NegativeLossError
+from lightning_l2l.exact.windows import WindowEstimator
+from lightning_l2l.functional import inner_optimizer
 
 
 def step_size(rate=0.1, optimizer=torch.optim.SGD, **options):

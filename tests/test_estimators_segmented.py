@@ -12,9 +12,9 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, meta_gradient
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.estimators.segmented import segment_length
-from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.estimators.segmented import segment_length
+from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic
 
 OBJECTIVES = ("log", "naive", "log_mean", "naive_mean")

@@ -13,9 +13,9 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_l2l import LearnedOptimizer, LearnedStepSize
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.windows import Episode, WindowEstimator
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.windows import Episode, WindowEstimator
+from lightning_l2l.functional import inner_optimizer
 
 NAMES = ("forward", "reverse", "segmented", "truncated", "es", "mixed", "pes", "es_single")
 WINDOWS = 6

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_l2l.core.initial_search import (
+from lightning_l2l.exact.initial_search import (
     MARGIN,
     USUAL_STEPS,
     search_budget,

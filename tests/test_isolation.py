@@ -15,7 +15,7 @@ from torch import nn
 from torchmetrics import MinMaxMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
-from lightning_l2l.core.inner_step import InnerStep
+from lightning_l2l.exact.inner_step import InnerStep
 from lightning_l2l.host import isolation, look_ahead
 from lightning_l2l.host.isolation import (
     hidden_attribute,

@@ -20,8 +20,8 @@ from lightning_l2l import (
     SmallFCOptimizer,
     TinyOptimizer,
 )
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.optimizers import file, register_learned_optimizer
+from lightning_l2l.functional import inner_optimizer
+from lightning_l2l.learned import file, register_learned_optimizer
 
 
 def learned_adam():
@@ -295,7 +295,7 @@ def test_a_class_without_a_configuration_says_so(tmp_path, monkeypatch):
 
 
 def test_hyperparameters_of_an_optimizer_that_no_file_can_name_are_refused(tmp_path):
-    from lightning_l2l.core.inner import InnerOptimizer, ParameterGroup, Rule
+    from lightning_l2l.functional import InnerOptimizer, ParameterGroup, Rule
 
     rule = Rule(lambda p, g, s, h: (-h["lr"] * g, dict(s)), defaults={"lr": 0.1})
     learned = LearnedStepSize().attach(InnerOptimizer(rule, (ParameterGroup(None, {"lr": 0.1}),)))

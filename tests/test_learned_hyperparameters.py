@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mirror import Net, batches, gradients, grouped, train
 
-from lightning_l2l.core.inner import inner_optimizer, mirror, read_state
-from lightning_l2l.optimizers import LearnedHyperparameters, LearnedStepSize
-from lightning_l2l.optimizers.parametrisation import PARAMETRISATIONS, Positive
+from lightning_l2l.functional import inner_optimizer, mirror, read_state
+from lightning_l2l.learned import LearnedHyperparameters, LearnedStepSize
+from lightning_l2l.learned.parametrisation import PARAMETRISATIONS, Positive
 
 SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}
 ALL = {

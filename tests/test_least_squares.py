@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.meta_gradient import meta_gradient
-from lightning_l2l.optimizers.step_size import LearnedStepSize
+from lightning_l2l.exact.meta_gradient import meta_gradient
+from lightning_l2l.functional import inner_optimizer
+from lightning_l2l.learned.step_size import LearnedStepSize
 from lightning_l2l.tasks.least_squares import LeastSquares
 
 STEPS = 40

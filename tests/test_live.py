@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_meta_gradient import NETWORKS, OBJECTIVES, OPTIMIZERS, STEPS, Problem
 
-from lightning_l2l.core.clip import clip_gradient_norm
-from lightning_l2l.core.estimators import LiveUnroll
-from lightning_l2l.core.inner import read_state
-from lightning_l2l.core.inner_step import InnerStep, Iterate
-from lightning_l2l.core.scaled import ScaledVector
+from lightning_l2l.exact.clip import clip_gradient_norm
+from lightning_l2l.exact.estimators import LiveUnroll
+from lightning_l2l.exact.inner_step import InnerStep, Iterate
+from lightning_l2l.exact.scaled import ScaledVector
+from lightning_l2l.functional import read_state
 
 
 def live(problem, learned, objective="log", clipping=None, accumulate=1, scale=1.0, carried=None, interrupt_at=None):

@@ -11,9 +11,9 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_l2l import LearnedHyperparameters, LearnedOptimizer, LearnedStepSize, meta_gradient
-from lightning_l2l.core.clip import clip_gradient_norm, clip_gradient_value
-from lightning_l2l.core.inner import inner_optimizer, mirror, read_state
-from lightning_l2l.core.objectives import objective_weights
+from lightning_l2l.exact.clip import clip_gradient_norm, clip_gradient_value
+from lightning_l2l.exact.objectives import objective_weights
+from lightning_l2l.functional import inner_optimizer, mirror, read_state
 
 ESTIMATORS = ("forward", "reverse")
 OBJECTIVES = ("log", "naive", "log_mean", "naive_mean")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_l2l.core.meta_optimizer import MetaOptimizer
-from lightning_l2l.optimizers import LearnedStepSize
-from lightning_l2l.optimizers.base import LearnedOptimizer
+from lightning_l2l.exact.meta_optimizer import MetaOptimizer
+from lightning_l2l.learned import LearnedStepSize
+from lightning_l2l.learned.base import LearnedOptimizer
 
 
 class Learned(LearnedOptimizer):
@@ -169,7 +169,7 @@ def test_with_a_learning_rate_of_zero_nothing_moves() -> None:
 
 
 def test_the_default_learned_step_size_is_handled() -> None:
-    from lightning_l2l.core.inner import inner_optimizer
+    from lightning_l2l.functional import inner_optimizer
 
     learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=0.1))
     meta_optimizer = MetaOptimizer(learned.parameters(), 0.4)

@@ -24,8 +24,8 @@ from lightning_l2l import (
     SmallFCOptimizer,
     TinyOptimizer,
 )
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.host.module_task import ModuleTask
 from lightning_l2l.tasks import ImageClassification, Quadratic, RandomQuadratics, Task
 from lightning_l2l.tasks.length import Length

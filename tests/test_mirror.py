@@ -12,8 +12,8 @@ import torch
 import torchopt
 from torch import nn
 
-from lightning_l2l.core.inner import InnerOptimizer, mirror, read_state
-from lightning_l2l.core.inner import buckets as buckets_module
+from lightning_l2l.functional import InnerOptimizer, mirror, read_state
+from lightning_l2l.functional import buckets as buckets_module
 
 OPTIM = torch.optim
 

@@ -7,8 +7,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from test_mirror import CASES, Net, batches, grouped, train
 
-from lightning_l2l.core.inner import inner_optimizer, mirror, read_state
-from lightning_l2l.core.inner.rule import square_root
+from lightning_l2l.functional import inner_optimizer, mirror, read_state
+from lightning_l2l.functional.rule import square_root
 
 STEPS = 4
 

@@ -7,8 +7,8 @@ import torch
 import torchopt
 from test_mirror import Net, batches, gradients, grouped, train
 
-from lightning_l2l.core.clip import clip_gradient_norm
-from lightning_l2l.core.inner import (
+from lightning_l2l.exact.clip import clip_gradient_norm
+from lightning_l2l.functional import (
     InnerOptimizer,
     ParameterGroup,
     Rule,
@@ -17,8 +17,8 @@ from lightning_l2l.core.inner import (
     read_state,
     register_mirror,
 )
-from lightning_l2l.core.inner import mirror as mirror_function
-from lightning_l2l.core.inner.rule import times
+from lightning_l2l.functional import mirror as mirror_function
+from lightning_l2l.functional.rule import times
 
 
 def one_step(transformation, parameters, given):

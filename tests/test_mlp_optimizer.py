@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_l2l import MLPOptimizer
-from lightning_l2l.core.estimators import reverse
-from lightning_l2l.core.inner_step import InnerStep
-from lightning_l2l.optimizers.layout import Layout
+from lightning_l2l.exact.estimators import reverse
+from lightning_l2l.exact.inner_step import InnerStep
+from lightning_l2l.learned.layout import Layout
 
 DATA = Path(__file__).parent / "data"
 UPDATE = np.load(DATA / "mlp_optimizer_update.npz")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_l2l.optimizers import mlp_work
-from lightning_l2l.optimizers.layout import Layout
-from lightning_l2l.optimizers.mlp_step import _Step, mlp_step, plain_step
+from lightning_l2l.learned import mlp_work
+from lightning_l2l.learned.layout import Layout
+from lightning_l2l.learned.mlp_step import _Step, mlp_step, plain_step
 
 # Two tensors of one shape, a vector and a scalar: more than one bucket, and one with several tensors.
 LAYOUT = Layout.of({"a": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.zeros(2, 3), "d": torch.zeros(())})

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core import clip, objectives
-from lightning_l2l.core.estimators.adjoint import Adjoint
-from lightning_l2l.core.estimators.forward import hessian_vector_product, pushed
-from lightning_l2l.core.inner import adam, dual_functions, inner_optimizer, rule, sgd
-from lightning_l2l.core.inner.dual import Dual
-from lightning_l2l.core.inner_step import InnerStep
-from lightning_l2l.core.meta_optimizer import MetaOptimizer
-from lightning_l2l.core.scaled import ScaledVector
-from lightning_l2l.core.tally import Tally
-from lightning_l2l.optimizers.parametrisation import UnitInterval
+from lightning_l2l.exact import clip, objectives
+from lightning_l2l.exact.estimators.adjoint import Adjoint
+from lightning_l2l.exact.estimators.forward import hessian_vector_product, pushed
+from lightning_l2l.exact.inner_step import InnerStep
+from lightning_l2l.exact.meta_optimizer import MetaOptimizer
+from lightning_l2l.exact.scaled import ScaledVector
+from lightning_l2l.exact.tally import Tally
+from lightning_l2l.functional import adam, dual_functions, inner_optimizer, rule, sgd
+from lightning_l2l.functional.dual import Dual
+from lightning_l2l.learned.parametrisation import UnitInterval
 
 pytestmark = pytest.mark.slow
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_l2l.core import estimators
-from lightning_l2l.core.inner import mirror, read_state
-from lightning_l2l.core.inner_step import InnerStep
-from lightning_l2l.optimizers import LearnedHyperparameters
-from lightning_l2l.optimizers.base import LearnedOptimizer
+from lightning_l2l.exact import estimators
+from lightning_l2l.exact.inner_step import InnerStep
+from lightning_l2l.functional import mirror, read_state
+from lightning_l2l.learned import LearnedHyperparameters
+from lightning_l2l.learned.base import LearnedOptimizer
 
 EXACT = {"forward": estimators.forward, "reverse": estimators.reverse, "segmented": estimators.segmented}
 OPTIMIZERS = {

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_l2l import LearnedStepSize
-from lightning_l2l.core.initial_search import search_learning_rate
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.inner_step import InnerStep, Iterate
-from lightning_l2l.core.plain_training import loss_after_training
+from lightning_l2l.exact.initial_search import search_learning_rate
+from lightning_l2l.exact.inner_step import InnerStep, Iterate
+from lightning_l2l.exact.plain_training import loss_after_training
+from lightning_l2l.functional import inner_optimizer
 
 RATE = 0.05
 

@@ -10,10 +10,10 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.plan import choose, choose_estimator, plan
-from lightning_l2l.core.step_memory import StepMemory
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.plan import choose, choose_estimator, plan
+from lightning_l2l.exact.step_memory import StepMemory
+from lightning_l2l.functional import inner_optimizer
 
 SGD = inner_optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, meta_gradient
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.processes import ElsewhereError, Processes, StepSkippedError
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.processes import ElsewhereError, Processes, StepSkippedError
+from lightning_l2l.functional import inner_optimizer
 
 FEATURES = 4
 
@@ -195,7 +195,7 @@ def test_an_operation_without_a_second_derivative_on_one_process_makes_all_use_e
 
 def test_processes_with_unlike_memory_choose_the_same_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
     room = threading.local()
-    monkeypatch.setattr("lightning_l2l.core.plan.free_memory", lambda device: room.bytes)
+    monkeypatch.setattr("lightning_l2l.exact.plan.free_memory", lambda device: room.bytes)
 
     def ask(processes: Processes) -> Any:
         room.bytes = 10**4 if processes.rank == 1 else 10**12

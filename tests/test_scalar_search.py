@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_l2l.core.scalar_search import MetaSignal, bisect_log_step_size, paper_schedule
+from lightning_l2l.exact.scalar_search import MetaSignal, bisect_log_step_size, paper_schedule
 from lightning_l2l.tasks import Quadratic
 
 TRUTH = dict(np.load(Path(__file__).parent / "data" / "quadratic_truth.npz"))

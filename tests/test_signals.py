@@ -15,10 +15,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn, meta_gradient
-from lightning_l2l.core.estimators import LiveUnroll
-from lightning_l2l.core.inner import mirror, read_state
-from lightning_l2l.core.inner_step import InnerStep, Iterate
-from lightning_l2l.core.signals import agreement, excess_growth, overfits, signal_to_noise
+from lightning_l2l.exact.estimators import LiveUnroll
+from lightning_l2l.exact.inner_step import InnerStep, Iterate
+from lightning_l2l.exact.signals import agreement, excess_growth, overfits, signal_to_noise
+from lightning_l2l.functional import mirror, read_state
 
 
 def luck(count: int, seed: int = 0) -> list[list[float]]:

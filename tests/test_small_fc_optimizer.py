@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_l2l import SmallFCOptimizer, TinyOptimizer
-from lightning_l2l.optimizers.layout import Layout
+from lightning_l2l.learned.layout import Layout
 
 SHAPES = {"a": (4, 3), "b": (3,), "c": (), "d": (2, 3, 3, 5), "e": (3, 3), "f": (4, 3), "g": (1, 6), "h": (3, 4)}
 DECAYS = (0.9, 0.99, 0.999)

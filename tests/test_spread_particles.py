@@ -12,10 +12,10 @@ from test_processes import data, learned, loss, parameters, part, simulated
 from torch import Tensor
 
 from lightning_l2l import meta_gradient
-from lightning_l2l.core.estimators import Particles, over_processes
-from lightning_l2l.core.processes import ElsewhereError, Processes, StepSkippedError
-from lightning_l2l.core.tally import NegativeLossError
-from lightning_l2l.core.windows import Episode, Name, WindowEstimator
+from lightning_l2l.exact.estimators import Particles, over_processes
+from lightning_l2l.exact.processes import ElsewhereError, Processes, StepSkippedError
+from lightning_l2l.exact.tally import NegativeLossError
+from lightning_l2l.exact.windows import Episode, Name, WindowEstimator
 
 NAMES = [name for name in get_args(Name) if name != "auto"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_l2l import LearnedStepSize
-from lightning_l2l.core import step_memory
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.inner_step import InnerStep
-from lightning_l2l.core.step_memory import StepMemory, free_memory, measure_step
+from lightning_l2l.exact import step_memory
+from lightning_l2l.exact.inner_step import InnerStep
+from lightning_l2l.exact.step_memory import StepMemory, free_memory, measure_step
+from lightning_l2l.functional import inner_optimizer
 
 PARAMETERS = {"w": torch.ones(3)}
 

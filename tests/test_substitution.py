@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
-from lightning_l2l.core.substitution import call_with
+from lightning_l2l.exact.substitution import call_with
 
 
 class Tied(nn.Module):

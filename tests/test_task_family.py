@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_l2l import LearnedHyperparameters, LearnedOptimizer, LearnedStepSize, MLPOptimizer
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.windows import WindowEstimator
+from lightning_l2l.exact.windows import WindowEstimator
+from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic, RandomQuadratics, Task
 from lightning_l2l.tasks.family import ChoiceOfTasks, SameTask, as_family
 from lightning_l2l.tasks.length import Length

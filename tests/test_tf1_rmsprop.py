@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_l2l.optimizers import TF1RMSProp
+from lightning_l2l.learned import TF1RMSProp
 
 FIXTURE = np.load(Path(__file__).parent / "data" / "tf1_rmsprop.npz")
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.optimizers import (
+from lightning_l2l.functional import inner_optimizer
+from lightning_l2l.learned import (
     LearnedHyperparameters,
     LearnedOptimizer,
     LSTMOptimizer,

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.inner_step import InnerStep
-from lightning_l2l.optimizers.base import LearnedOptimizer
-from lightning_l2l.optimizers.hyperparameters import LearnedHyperparameters
+from lightning_l2l.exact.inner_step import InnerStep
+from lightning_l2l.functional import inner_optimizer
+from lightning_l2l.learned.base import LearnedOptimizer
+from lightning_l2l.learned.hyperparameters import LearnedHyperparameters
 from lightning_l2l.tasks.family import TaskFamily
 from lightning_l2l.tasks.stacked import LOSS_CHANNEL, START_LOSS, BatchedTasks, StackedTasks
 

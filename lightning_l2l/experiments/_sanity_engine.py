@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_l2l.core.inner import inner_optimizer, mirror, read_state
-from lightning_l2l.core.meta_gradient import meta_gradient
-from lightning_l2l.core.objectives import Objective
+from lightning_l2l.exact.meta_gradient import meta_gradient
+from lightning_l2l.exact.objectives import Objective
 from lightning_l2l.experiments._claim import Claim
-from lightning_l2l.optimizers import LearnedHyperparameters, LearnedStepSize
+from lightning_l2l.functional import inner_optimizer, mirror, read_state
+from lightning_l2l.learned import LearnedHyperparameters, LearnedStepSize
 from lightning_l2l.tasks import Quadratic
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from lightning_l2l.core.scalar_search import bisect_log_step_size, paper_schedule
+from lightning_l2l.exact.scalar_search import bisect_log_step_size, paper_schedule
 from lightning_l2l.experiments._claim import Claim
 from lightning_l2l.tasks import Quadratic
 

@@ -11,7 +11,7 @@ import torch
 
 from lightning_l2l.experiments._choices import TaskName, make_family
 from lightning_l2l.experiments._runs import Runs, runs, speed_up, tuned
-from lightning_l2l.optimizers.base import LearnedOptimizer
+from lightning_l2l.learned.base import LearnedOptimizer
 from lightning_l2l.plotting import STYLES, new_figure, require_matplotlib
 from lightning_l2l.tasks.family import TaskFamily
 

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.meta_optimizer import MetaOptimizer
-from lightning_l2l.optimizers import LearnedStepSize
+from lightning_l2l.exact.meta_optimizer import MetaOptimizer
+from lightning_l2l.functional import inner_optimizer
+from lightning_l2l.learned import LearnedStepSize
 from lightning_l2l.plotting import STYLES, new_figure, require_matplotlib
 from lightning_l2l.tasks import Quadratic
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 import lightning.pytorch as pl
 
-from lightning_l2l.core.objectives import Objective
-from lightning_l2l.core.windows import Name
+from lightning_l2l.exact.objectives import Objective
+from lightning_l2l.exact.windows import Name
 from lightning_l2l.experiments._choices import OptimizerName, TaskName, make_family, make_optimizer
 from lightning_l2l.experiments.evaluate import Row, compare, draw, write
 from lightning_l2l.meta_training import MetaTraining

@@ -9,8 +9,8 @@ from lightning_l2l.experiments._choices import OptimizerName, make_optimizer
 from lightning_l2l.experiments._mlp_optimizer_figures import Result, draw_accuracies, draw_curves, write
 from lightning_l2l.experiments._runs import Runs, runs, tuned
 from lightning_l2l.experiments.meta_train import fit
+from lightning_l2l.learned import MLPOptimizer
 from lightning_l2l.meta_training import MetaTraining
-from lightning_l2l.optimizers import MLPOptimizer
 from lightning_l2l.plotting import require_matplotlib
 from lightning_l2l.tasks import ImageClassification
 from lightning_l2l.tasks.length import Length

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lightning_l2l.core.scalar_search import bisect_log_step_size, paper_schedule
+from lightning_l2l.exact.scalar_search import bisect_log_step_size, paper_schedule
 from lightning_l2l.experiments._quadratic_figures import draw, require_matplotlib
 from lightning_l2l.tasks import Quadratic
 

@@ -18,8 +18,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_l2l.core.inner import InnerOptimizer, mirror, read_state
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.functional import InnerOptimizer, mirror, read_state
+from lightning_l2l.learned import LearnedOptimizer
 
 # By key of a parameter group: a number, a tuple (betas), or one number for each parameter name.
 Values = dict[str, Any]

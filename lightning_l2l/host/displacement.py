@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_l2l.core.estimators import Displacement, Slope, displacement, slope
-from lightning_l2l.core.estimators.displacement import only_last, part_back
-from lightning_l2l.core.inner_step import Iterate
-from lightning_l2l.core.processes import Processes
-from lightning_l2l.core.result import MetaGradient
+from lightning_l2l.exact.estimators import Displacement, Slope, displacement, slope
+from lightning_l2l.exact.estimators.displacement import only_last, part_back
+from lightning_l2l.exact.inner_step import Iterate
+from lightning_l2l.exact.processes import Processes
+from lightning_l2l.exact.result import MetaGradient
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.guarded import StepRefusedError, unless_diverged
 from lightning_l2l.host.in_place import LearnedInPlace
@@ -20,7 +20,7 @@ from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.trainer import live_optimizer, loss_scale, passes, planned_steps
 from lightning_l2l.host.training_step import Window, owned_tensors
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.learned import LearnedOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -1,6 +1,6 @@
 """When the real training is lost, take it back to where it was well.
 
-Losses raise a suspicion (:mod:`lightning_l2l.core.divergence`), a comparison of the present weights with the last good
+Losses raise a suspicion (:mod:`lightning_l2l.exact.divergence`), a comparison of the present weights with the last good
 ones on the same batches decides. On the CPU of a single process losses are looked at in every step; elsewhere that
 would cost a synchronisation each, and they are looked at every ``every_n_steps`` steps.
 """
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_l2l.core.divergence import LossWatch, has_died, is_better, is_lost, share_of_zeros, zero_share
-from lightning_l2l.core.processes import Processes, StepSkippedError, together
+from lightning_l2l.exact.divergence import LossWatch, has_died, is_better, is_lost, share_of_zeros, zero_share
+from lightning_l2l.exact.processes import Processes, StepSkippedError, together
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.in_place import LearnedInPlace
 from lightning_l2l.host.isolation import invisible
@@ -22,7 +22,7 @@ from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.snapshot import Snapshot
 from lightning_l2l.host.trainer import live_optimizer
 from lightning_l2l.host.training_step import TrainingStep, Window, owned_tensors
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.learned import LearnedOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_l2l.core.processes import Processes, StepSkippedError
-from lightning_l2l.core.result import Diagnostics, MetaGradient
-from lightning_l2l.core.tally import NegativeLossError
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.exact.processes import Processes, StepSkippedError
+from lightning_l2l.exact.result import Diagnostics, MetaGradient
+from lightning_l2l.exact.tally import NegativeLossError
+from lightning_l2l.learned import LearnedOptimizer
 
 _Result = TypeVar("_Result")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_l2l.optimizers import LearnedOptimizer, LearnedTorchOptimizer
+from lightning_l2l.learned import LearnedOptimizer, LearnedTorchOptimizer
 
 
 class LearnedInPlace:

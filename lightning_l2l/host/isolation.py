@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
-from lightning_l2l.core.random_state import RandomState
+from lightning_l2l.exact.random_state import RandomState
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

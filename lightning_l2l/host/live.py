@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_l2l.core.estimators import LiveUnroll
-from lightning_l2l.core.inner import read_state
-from lightning_l2l.core.inner_step import Iterate
-from lightning_l2l.core.plan import LARGEST_FORWARD, scalars
-from lightning_l2l.core.processes import Processes, together
-from lightning_l2l.core.result import MetaGradient
-from lightning_l2l.core.scaled import ScaledVector
-from lightning_l2l.core.second_order import lacks_second_derivative
+from lightning_l2l.exact.estimators import LiveUnroll
+from lightning_l2l.exact.inner_step import Iterate
+from lightning_l2l.exact.plan import LARGEST_FORWARD, scalars
+from lightning_l2l.exact.processes import Processes, together
+from lightning_l2l.exact.result import MetaGradient
+from lightning_l2l.exact.scaled import ScaledVector
+from lightning_l2l.exact.second_order import lacks_second_derivative
+from lightning_l2l.functional import read_state
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.guarded import StepRefusedError, unless_diverged
 from lightning_l2l.host.in_place import LearnedInPlace
@@ -24,7 +24,7 @@ from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.trainer import live_optimizer, loss_scale
 from lightning_l2l.host.training_step import Window, owned_tensors
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.learned import LearnedOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -11,16 +11,16 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchopt.base import GradientTransformation
 
-from lightning_l2l.core.clip import clip_gradient_norm, clip_gradient_value
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.initial_search import SearchResult, search_budget, search_learning_rate, search_steps
-from lightning_l2l.core.inner_step import InnerStep
-from lightning_l2l.core.meta_gradient import meta_gradient
-from lightning_l2l.core.objectives import is_logarithmic
-from lightning_l2l.core.plain_training import loss_after_training
-from lightning_l2l.core.processes import Processes, together
-from lightning_l2l.core.result import MetaGradient
-from lightning_l2l.core.tally import NegativeLossError
+from lightning_l2l.exact.clip import clip_gradient_norm, clip_gradient_value
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.initial_search import SearchResult, search_budget, search_learning_rate, search_steps
+from lightning_l2l.exact.inner_step import InnerStep
+from lightning_l2l.exact.meta_gradient import meta_gradient
+from lightning_l2l.exact.objectives import is_logarithmic
+from lightning_l2l.exact.plain_training import loss_after_training
+from lightning_l2l.exact.processes import Processes, together
+from lightning_l2l.exact.result import MetaGradient
+from lightning_l2l.exact.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.data import IndexedBatches, StreamedBatches, first_loader, is_indexable, is_sharded
 from lightning_l2l.host.guarded import (
@@ -44,7 +44,7 @@ from lightning_l2l.host.trainer import (
     validation_loaders,
 )
 from lightning_l2l.host.training_step import TrainingStep, Window, joined, owned_tensors
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.learned import LearnedOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_l2l.core.substitution import call_with
+from lightning_l2l.exact.substitution import call_with
 from lightning_l2l.host.isolation import hidden_attribute, isolated_random_state
 from lightning_l2l.host.training_step import _CallTrainingStep, _loss_of, copied_batch
 from lightning_l2l.tasks.task import Task

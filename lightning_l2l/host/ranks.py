@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed
 
-from lightning_l2l.core.processes import Processes
+from lightning_l2l.exact.processes import Processes
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

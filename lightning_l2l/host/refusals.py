@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_l2l.core.inner import mirror
+from lightning_l2l.functional import mirror
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.trainer import changes_averaging, is_stub, live_optimizer, loads_from_iterator, overrides
-from lightning_l2l.optimizers import LearnedOptimizer, LearnedTorchOptimizer
+from lightning_l2l.learned import LearnedOptimizer, LearnedTorchOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

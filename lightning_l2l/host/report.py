@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_l2l.core.initial_search import SearchResult
-from lightning_l2l.core.result import MetaGradient
-from lightning_l2l.core.signals import RECENT, agreement, excess_growth, overfits, signal_to_noise
+from lightning_l2l.exact.initial_search import SearchResult
+from lightning_l2l.exact.result import MetaGradient
+from lightning_l2l.exact.signals import RECENT, agreement, excess_growth, overfits, signal_to_noise
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.trainer import log_on_step
 

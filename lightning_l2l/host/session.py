@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_l2l.core.initial_search import SearchResult
-from lightning_l2l.core.meta_optimizer import MetaOptimizer
-from lightning_l2l.core.processes import StepSkippedError
-from lightning_l2l.core.result import MetaGradient
-from lightning_l2l.core.tally import NegativeLossError
+from lightning_l2l.exact.initial_search import SearchResult
+from lightning_l2l.exact.meta_optimizer import MetaOptimizer
+from lightning_l2l.exact.processes import StepSkippedError
+from lightning_l2l.exact.result import MetaGradient
+from lightning_l2l.exact.tally import NegativeLossError
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.applied_record import AppliedRecord
 from lightning_l2l.host.cadence import Cadence
@@ -30,7 +30,7 @@ from lightning_l2l.host.report import MetaUpdate
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.source import MetaGradientSource
 from lightning_l2l.host.trainer import live_optimizer, overrides, planned_steps
-from lightning_l2l.optimizers import LearnedOptimizer, LearnedTorchOptimizer
+from lightning_l2l.learned import LearnedOptimizer, LearnedTorchOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_l2l.core.meta_gradient import Estimator, check_estimator
-from lightning_l2l.core.objectives import Objective, check_objective
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.exact.meta_gradient import Estimator, check_estimator
+from lightning_l2l.exact.objectives import Objective, check_objective
+from lightning_l2l.learned import LearnedOptimizer
 
 # The estimators of one unroll, and those that unroll nothing.
 HostEstimator = Estimator | Literal["displacement", "live"]

@@ -8,9 +8,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_l2l.core.plan import scalars
-from lightning_l2l.core.processes import Processes
-from lightning_l2l.core.result import MetaGradient
+from lightning_l2l.exact.plan import scalars
+from lightning_l2l.exact.processes import Processes
+from lightning_l2l.exact.result import MetaGradient
 from lightning_l2l.host.applied import AppliedValues
 from lightning_l2l.host.cadence import Cadence
 from lightning_l2l.host.displacement import DisplacementSteps, displacement_obstacle
@@ -21,7 +21,7 @@ from lightning_l2l.host.look_ahead import LookAhead
 from lightning_l2l.host.settings import Settings
 from lightning_l2l.host.training_step import Window, joined
 from lightning_l2l.host.windows import RememberedWindows
-from lightning_l2l.optimizers import LearnedOptimizer
+from lightning_l2l.learned import LearnedOptimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

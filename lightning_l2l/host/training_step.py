@@ -11,8 +11,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_l2l.core.processes import StepSkippedError
-from lightning_l2l.core.substitution import call_with
+from lightning_l2l.exact.processes import StepSkippedError
+from lightning_l2l.exact.substitution import call_with
 from lightning_l2l.host.trainer import training_step_arguments
 
 if TYPE_CHECKING:

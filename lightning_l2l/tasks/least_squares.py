@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_l2l.core.scalar_search import MetaSignal, SearchResult, bisect_log_step_size
+from lightning_l2l.exact.scalar_search import MetaSignal, SearchResult, bisect_log_step_size
 from lightning_l2l.tasks import _least_squares_closed_form as closed_form
 from lightning_l2l.tasks import _least_squares_unroll as unroll
 from lightning_l2l.tasks._least_squares_checks import check_step_sizes, check_steps_and_order

@@ -14,9 +14,9 @@ import optree
 import torch
 from torch import Tensor
 
-from lightning_l2l.core.objectives import Objective, is_logarithmic
-from lightning_l2l.core.result import MetaGradient
-from lightning_l2l.core.windows import Episode, WindowEstimator
+from lightning_l2l.exact.objectives import Objective, is_logarithmic
+from lightning_l2l.exact.result import MetaGradient
+from lightning_l2l.exact.windows import Episode, WindowEstimator
 from lightning_l2l.tasks.family import TaskFamily
 from lightning_l2l.tasks.stacked import LOSS_CHANNEL, START_LOSS, BatchedTasks, StackedBatch, StackedTasks
 from lightning_l2l.tasks.task import Task

@@ -1,6 +1,6 @@
 """Many tasks as one inner problem: parameters with a leading task dimension, one loss, one optimizer.
 
-The estimators of :mod:`lightning_l2l.core` know nothing of tasks. The training loss of the stack is the *sum* of the
+The estimators of :mod:`lightning_l2l.exact` know nothing of tasks. The training loss of the stack is the *sum* of the
 tasks'
 losses, so each task sees its own full gradient; the loss that judges it is their mean, or for logarithmic
 objectives their geometric mean, whose logarithm is the mean of the logarithms.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from lightning_l2l.optimizers.base import LearnedOptimizer
+from lightning_l2l.learned.base import LearnedOptimizer
 from lightning_l2l.tasks.family import StackableTask
 from lightning_l2l.tasks.task import Task
 

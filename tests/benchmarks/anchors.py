@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from anchor_problems import DigitsSchedule, InfluenceBalancing, MetaTrainingRun, ToyRegression, digits_batches
 
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.estimators.particle_unroll import spread, unroll
-from lightning_l2l.core.inner_step import InnerStep
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.estimators.particle_unroll import spread, unroll
+from lightning_l2l.exact.inner_step import InnerStep
 
 
 def influence_balancing(estimator: str, seed: int) -> tuple[list[tuple[int, float]], dict]:

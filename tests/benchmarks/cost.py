@@ -42,7 +42,7 @@ from fits import MODELS, examples, seconds
 from peers import JAX, PEERS, Problem, plain
 
 from lightning_l2l import LearnToLearn
-from lightning_l2l.core.inner import mirror, read_state
+from lightning_l2l.functional import mirror, read_state
 
 # (width, batch size, numbers of steps)
 SIZES = ((128, 128, (5, 20, 100, 400)), (1024, 512, (20,)))

@@ -24,9 +24,9 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core.estimators import Particles
-from lightning_l2l.core.inner import inner_optimizer
-from lightning_l2l.core.plan import plan
+from lightning_l2l.exact.estimators import Particles
+from lightning_l2l.exact.plan import plan
+from lightning_l2l.functional import inner_optimizer
 
 ESTIMATORS = ("forward", "reverse", "segmented", "es", "mixed")
 STEPS = (10, 30, 100, 300, 1000)

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 import torch
 
 from lightning_l2l import MetaTraining, MLPOptimizer
-from lightning_l2l.core.windows import Name
+from lightning_l2l.exact.windows import Name
 from lightning_l2l.tasks import ImageClassification
 
 STEPS = 20

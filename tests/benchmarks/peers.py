@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.functional import inner_optimizer
 
 RATE, MOMENTUM = 0.01, 0.9
 

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from lightning_l2l import LearnedStepSize, meta_gradient
-from lightning_l2l.core.inner import inner_optimizer
+from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic
 
 
