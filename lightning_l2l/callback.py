@@ -3,76 +3,71 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import Dataset
 
-from lightning_l2l.exact.initial_search import SearchResult
-from lightning_l2l.exact.objectives import Objective
-from lightning_l2l.host import refusals, report
-from lightning_l2l.host.applied_record import exported
-from lightning_l2l.host.figures import log_figure
-from lightning_l2l.host.saved_state import VERSION, check_saved
-from lightning_l2l.host.session import Session
-from lightning_l2l.host.settings import HostEstimator, Settings, check_learned
-from lightning_l2l.host.trainer import live_optimizer
-from lightning_l2l.learned import LearnedOptimizer, LearnedStepSize, LearnedTorchOptimizer
-from lightning_l2l.schedule import LearnedSchedule
+from lightning_l2l.host import lightning_api, reporting
+from lightning_l2l.host.held_out import HeldOut, ValidationBatches
+from lightning_l2l.host.isolation import hidden_attribute
+from lightning_l2l.rates import plain
+from lightning_l2l.schedule import AppliedRecord, LearnedSchedule
+from lightning_l2l.tuner import Displacement, SearchResult, Tuner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MetaData = Literal["auto", "val", "train"]
+ESTIMATORS = (Displacement,)
+
 
 class LearnToLearn(pl.Callback):
-    """Learns the learning rate (or other hyperparameters) of any LightningModule during its own training.
+    """Learns the learning rate of any LightningModule during its own training.
 
-    Every ``every_n_steps`` optimizer steps it asks a held-out batch whether the way of the last hundred steps came
-    uphill: if it did, the steps were too long and the rate falls, otherwise it rises. Before training, a range test
-    finds a rate to start from; a run that is lost is taken back. Module, optimizer, schedulers and data stay yours.
+    Every so often it computes the cosine between the gradient and the displacement of the weights from their running
+    average. While the training makes progress that cosine is negative, and the rate may rise; where recent steps
+    overshot it is positive, and the rate falls. A run that diverges is taken back. Your rate and your schedule stay
+    unless the evidence is larger than its noise; what is learned is a factor on top of them.
 
     **When it helps.** You do not know a good learning rate, or one constant rate is not good all the way. **What it
-    costs**: one held-out gradient per meta-update, and 5 % of the steps for the range test (docs, "benchmarks"). With
-    other hyperparameters to learn, exact derivatives over a few steps. **What it does not do**: it needs automatic
-    optimization, a single device or DDP, and an optimizer with a mirror (SGD, Adam, AdamW, NAdam, RAdam, RMSprop,
-    Adagrad); everything that is refused is refused before training, with the reason.
+    costs**: a few inner products, one held-out gradient for each update (some thirty in 1000 steps), a copy of the
+    trained parameters for the average, and another one for the guard. **Where it works**: any optimizer whose steps are
+    in proportion to its rate, automatic and manual optimization, one device, DDP and FSDP2.
 
-    Nothing else of the run changes: parameters, buffers, random numbers, metrics, attributes of the modules and the
-    order of the data are those of the run without the callback (bit for bit, with ``meta_learning_rate=0,
-    initial_search=False``). What your ``training_step`` changes *inside* other objects cannot be protected.
+    Nothing else of the run changes: parameters, buffers, random numbers, metrics, logs, attributes and the order of the
+    data are those of the run without the callback (bit for bit, with ``meta_learning_rate=0, initial_search=False``).
 
     Args:
-        learned: What is learned. ``None``: ``LearnedStepSize(per="group")``, one factor on the scheduled
-            rate of each parameter group. It is a template: each fit learns on a copy, :attr:`learned`. Leave it out
-            where the optimizer is itself a learned one (``as_torch_optimizer``): that one is trained on, in place.
-        unroll_steps: Training steps K that a meta-gradient covers; for ``"displacement"`` the memory, by which a step
-            has faded to ``1 / e`` (at least 2). ``None``: 100 there, 3 for the others, whose cost grows with it.
-        every_n_steps: Optimizer steps from one meta-update to the next, at first. A run that is known to be shorter
-            than two of these makes its updates correspondingly more often, at least one.
-        objective: The meta-objective: ``"log"`` (of the loss after K steps, divided by K), ``"naive"`` (that loss), or
-            their means over the K steps, ``"log_mean"`` and ``"naive_mean"``. The logarithm needs a positive loss.
-        meta_data: What the meta-objective is evaluated on: the Trainer's (first) validation loader (``"val"``),
-            training batches (``"train"``), or a loader of batches that your ``training_step`` can take. Data that you
-            report results on should be none of these.
-        estimator: ``"displacement"``: the held-out gradient along the way of the last K steps; no curvature, a long
-            horizon. ``"live"``: exact, along K training steps. The others look ahead on a copy
-            (:func:`lightning_l2l.meta_gradient`). ``"auto"``: displacement for learning rates alone under ``"log"`` or
-            ``"naive"``; else live for one or two numbers, where the graph can be differentiated twice; else ahead.
-        meta_learning_rate: The most that the logarithm of a rate falls in one meta-update, roughly (a rise is a
-            quarter as long; see :class:`~lightning_l2l.exact.meta_optimizer.MetaOptimizer`); 0 only observes.
-        initial_search: Start from a rate found by a range test, whatever the optimizer was given.
-        search_budget: The most that the range test may cost, as a fraction of the planned training steps (at least 16
-            and at most 160 steps). About eight candidates share it; one that gets fewer than five steps sees little, so
-            raise this for a training of fewer than 800 steps.
-        divergence_guard: When the training itself is lost (losses that are not finite, or far above the first), take
-            weights, buffers and optimizer state back to the last good snapshot and cut the rate. Keeps one copy of
-            these. Not with ``meta_learning_rate=0``.
+        estimator: How the meta-gradient is estimated: :class:`~lightning_l2l.Displacement` (default), or exactly by
+            :class:`~lightning_l2l.Unroll` or :class:`~lightning_l2l.EvolutionStrategies`, which also serve other
+            hyperparameters than learning rates.
+        learned: What is learned, with an exact estimator; a template, :attr:`learned` is what the fit learned. ``None``:
+            a factor on the rate of each parameter group.
+        every_n_steps: Optimizer steps from one update to the next. ``None``: in proportion to the steps so far, so that
+            100 and 100,000 steps are the same problem.
+        meta_data: ``"auto"``: batches of the (first) validation loader where ``training_step`` can take them, else the
+            training gradients; ``"val"``: the same, but an error where it cannot; ``"train"``: the training gradients;
+            or a loader of batches. Data that you report results on should be none of these.
+        held_out_loss: ``held_out_loss(module, batch)`` returns the loss that counts, where ``training_step`` is not the
+            measure (self-supervised training, detection, sequence to sequence).
+        meta_learning_rate: How fast the logarithm of a rate moves, as a multiple of the default; 0 only observes.
+        initial_search: Look for a better rate in the first steps where the given one is clearly too small.
+        divergence_guard: When the training itself is lost, take weights and buffers back to the last good snapshot and
+            cut the rate.
         seed: Seed of everything that the callback draws; it never touches the global random numbers.
-        carry: With the live estimator alone, the part of a window's tangent that the next one starts with: a longer
-            memory for one more Hessian-vector product per window.
-        interval_growth: Later, the part of the steps so far that lies between two meta-updates; 0 for equal intervals.
+
+    Attributes:
+        learning_rates: The applied rates, one for each parameter group over all optimizers.
+        history: One record for each update: ``"step"``, ``"learning_rates"``, ``"cosine"``, ..., ``"diagnostics"``.
+        search_result: What the search at the start found; ``None`` without one.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -88,178 +83,258 @@ class LearnToLearn(pl.Callback):
 
     def __init__(
         self,
-        learned: LearnedOptimizer | None = None,
-        unroll_steps: int | None = None,
-        every_n_steps: int = 20,
-        objective: Objective = "log",
-        meta_data: Literal["val", "train"] | Iterable[Any] = "val",
-        estimator: HostEstimator = "auto",
-        meta_learning_rate: float = 0.4,
+        estimator: Displacement | None = None,
+        *,
+        every_n_steps: int | None = None,
+        meta_data: MetaData | Iterable[Any] = "auto",
+        held_out_loss: Callable[[pl.LightningModule, Any], torch.Tensor] | None = None,
+        meta_learning_rate: float = 1.0,
         initial_search: bool = True,
-        search_budget: float = 0.05,
         divergence_guard: bool = True,
         seed: int = 0,
-        carry: float = 0.0,
-        interval_growth: float = 0.03,
     ) -> None:
         """See the class."""
         super().__init__()
-        check_learned(learned)
-        self.settings = Settings(
-            unroll_steps,
-            every_n_steps,
-            objective,
-            meta_data,
-            estimator,
-            meta_learning_rate,
-            initial_search,
-            search_budget,
-            divergence_guard,
-            seed,
-            carry,
-            interval_growth,
-        )
-        self._given = learned
-        self._template = learned if learned is not None else LearnedStepSize(per="group")
-        self._fitting = False
-        self._logged: tuple[int, list[float]] | None = None
+        estimator = Displacement() if estimator is None else estimator
+        _check(estimator, every_n_steps, meta_data, held_out_loss, meta_learning_rate)
+        self.estimator = estimator
+        self.every_n_steps = every_n_steps
+        self.meta_data = meta_data
+        self.held_out_loss = held_out_loss
+        self.meta_learning_rate = meta_learning_rate
+        self.initial_search = initial_search
+        self.divergence_guard = divergence_guard
+        self.seed = seed
+        self._tuners: list[Tuner] = []
+        self._held_out: HeldOut | None = None
+        self._cleanup = ExitStack()
         self._reset()
 
     def _reset(self) -> None:
-        self.learned = copy.deepcopy(self._template)
         self.history: list[dict[str, Any]] = []
         self.learning_rates: list[float] = []
         self.search_result: SearchResult | None = None
-        self._session: Session | None = None
-        self._state: dict[str, Any] = {}  # of the fit that has ended
-        self._loaded: dict[str, Any] = {}  # what the next fit goes on from
-        self._warned: set[str] = set()
+        self._saved: dict[str, Any] = {}  # what the next fit goes on from
+        self._model: Callable[[], Any] = lambda: None
+        self._said: set[str] = set()
+        self._logged: tuple[int, list[float]] | None = None
+        self._losses: list[torch.Tensor] = []
+
+    # Hooks of the Trainer, in the order in which they are called.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what can be refused before there is a model on a device."""
-        self._fitting = stage == "fit"
-        if self._fitting:
-            if trainer.global_step == 0:
-                self._reset()
-            # Else the same Trainer goes on with the same training (after Ctrl-C, or for more epochs), and so do we.
-            self._loaded = self._state
-            refusals.refuse_several(trainer, LearnToLearn)
-            refusals.refuse_strategy(trainer)
+        """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
+        if stage != "fit":
+            return
+        if trainer.global_step > 0 and self._model() is not pl_module:
+            self._reset()
+        lightning_api.refuse_several(trainer, LearnToLearn)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse what can be refused once there is an optimizer."""
-        refusals.refuse_module(trainer, pl_module)
-        refusals.refuse_optimizer(live_optimizer(trainer), pl_module)
-        refusals.refuse_second_learned(live_optimizer(trainer), self._given, self.settings)
+        """Refuse what would be wrong, once there are optimizers."""
+        lightning_api.refuse(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach to the optimizer, restored or fresh, and find a rate to start from."""
-        self.learned = copy.deepcopy(self._template)
-        optimizer = live_optimizer(trainer)
-        if isinstance(optimizer, LearnedTorchOptimizer):
-            self.learned = optimizer.mirror(pl_module.named_parameters())
-        self._logged = None
-        self._session = Session(trainer, pl_module, self.learned, self.settings, self._loaded)
-        self.history = copy.deepcopy(self._loaded.get("history", []))
-        if not self._session.opens_late:
-            self._search()
-        self.learning_rates = self._session.applied.learning_rates
+        """Attach to the optimizers, restored or fresh."""
+        same = self._model() is pl_module or self._model() is None
+        saved = self._saved if same else {}
+        self._model = weakref.ref(pl_module)
+        self.history = copy.deepcopy(saved.get("history", []))
+        self._held_out = self._find_held_out(trainer, pl_module)
+        for number, optimizer in enumerate(lightning_api.real_optimizers(trainer)):
+            tuner = self._attach(trainer, pl_module, optimizer)
+            self._tuners.append(tuner)
+            if number < len(saved.get("tuners", [])):
+                tuner.load_state_dict(saved["tuners"][number])
+        steps = _StepsSchedulers(pl_module.lr_scheduler_step, self._tuners, trainer)
+        self._cleanup.enter_context(hidden_attribute(pl_module, "lr_scheduler_step", steps))
+        self._show_rates()
 
-    def _search(self) -> None:
-        result = self._running.search()
-        if result is not None:
-            self.search_result = result if isinstance(result, SearchResult) else None
-            message, is_warning = report.search_message(result)
-            (rank_zero_warn if is_warning else rank_zero_info)(message)
+    def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
+        alone = len(lightning_api.real_optimizers(trainer)) == 1
+        manual = lightning_api.is_manual(module)
+        return self.estimator.attach(
+            optimizer,
+            # How often training_step steps by hand is not known, and losses of players are no measure of each other.
+            planned_steps=math.inf if manual else lightning_api.planned_steps(trainer),
+            every_n_steps=self.every_n_steps,
+            meta_learning_rate=self.meta_learning_rate,
+            initial_search=self.initial_search,
+            divergence_guard=self.divergence_guard and alone,
+            has_schedule=lightning_api.has_schedule(trainer),
+            modules=[module],
+            seed=self.seed,
+        )
 
-    @property
-    def _running(self) -> Session:
-        assert self._session is not None
-        return self._session
+    def _find_held_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> HeldOut | None:
+        if self.meta_data == "train":
+            return None
+        own = isinstance(self.meta_data, str)
+        if lightning_api.is_manual(module) and self.held_out_loss is None:
+            if self.meta_data != "auto":
+                raise MisconfigurationException(
+                    f"LearnToLearn(meta_data={self.meta_data!r}) cannot call a training_step that steps its optimizers "
+                    "by hand: it would train. Pass held_out_loss=fn, where fn(module, batch) returns the loss that "
+                    "counts, or leave meta_data out: then the rates are learned from the training gradients."
+                )
+            return None
+        loader, count = (
+            lightning_api.first_loader(lightning_api.validation_loaders(trainer)) if own else (self.meta_data, 1)
+        )
+        if loader is None:
+            if self.meta_data == "val" or self.held_out_loss is not None:
+                raise MisconfigurationException(
+                    "LearnToLearn was asked for held-out gradients, but this Trainer has no validation data (no "
+                    "val_dataloader, no validation_step, or limit_val_batches=0). Pass a loader of held-out batches, "
+                    "LearnToLearn(meta_data=loader), or leave meta_data out to learn from the training gradients."
+                )
+            self._say("no data", "there is no validation data, so rates are learned from the training gradients.")
+            return None
+        if count > 1:
+            self._say("several", f"of {count} validation loaders the first is used; pass meta_data=loader for another.")
+        return HeldOut(
+            trainer,
+            module,
+            ValidationBatches(trainer, module, loader, is_own=own, seed=self.seed),
+            source="a validation batch" if own else "a batch of the loader given as meta_data",
+            loss=self.held_out_loss,
+            seed=self.seed,
+        )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the batch, if the next meta-update will need it."""
-        session = self._running
-        if session.has_unfinished_step:  # resumed from a checkpoint that was saved before our on_train_batch_end
-            self._finish_step()
-        session.applied.refresh()
-        session.see_batch(batch, batch_idx)
-        if not session.opens_late:
-            session.source.rehearse()
-
-    def on_before_zero_grad(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Do what was put off until the module's own hooks have run."""
-        if self._running.opens_late:
-            self._search()
-            self._running.source.rehearse()
-
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
-        """Let an estimator that follows the training see the loss before its graph is used up."""
-        self._running.source.see_loss(loss)
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Have the learned values in the groups, whoever wrote there since."""
-        applied = self._running.applied
-        applied.refresh()
-        self.learning_rates = applied.learning_rates
-        self._running.source.before_step()
-        applied.split()
+        """Have the applied rates in the groups, whoever wrote there since; follow optimizers that were made anew."""
+        optimizers = lightning_api.real_optimizers(trainer)
+        for number, (tuner, optimizer) in enumerate(zip(self._tuners, optimizers, strict=False)):
+            if tuner.optimizer is not optimizer:
+                state = tuner.state_dict()
+                tuner.close()
+                self._tuners[number] = self._attach(trainer, pl_module, optimizer)
+                self._tuners[number].load_state_dict(state)
+        self._show_rates()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the rate that was applied; when it is time, ask for the meta-gradient and apply it."""
-        session = self._running
-        session.see_outputs(outputs)
-        if session.has_unfinished_step:
-            # Lightning keeps a logged value until the epoch ends; logging it again costs as much as a small layer.
-            if (trainer.current_epoch, self.learning_rates) != self._logged:
-                self._logged = (trainer.current_epoch, self.learning_rates)
-                rates = report.by_group("learning_rate", self.learning_rates, live_optimizer(trainer).param_groups)
-                report.log(trainer, pl_module, rates, prog_bar=True)
-            report.log(trainer, pl_module, self._finish_step())
+        """Log the applied rates; when it is time, update them."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            self._losses.append(loss.detach())  # divided by the number of accumulated batches, by Lightning
+        if all(tuner.steps == tuner.seen for tuner in self._tuners):
+            return  # gradients are accumulated, or mixed precision left the step out
+        total, records = self._total_loss(trainer), {}
+        for number, tuner in enumerate(self._tuners):
+            before = tuner.rates.applied
+            record = self._step(trainer, pl_module, tuner, total, batch)
+            if record is not None:
+                self._add(number, record)
+                records[number] = record
+            if tuner.rates.applied != before:
+                lightning_api.show_last_rates(trainer)
+        self._show_rates()
+        self._log(trainer, pl_module, records)
+        if self.search_result is None and self._tuners[0].search_result is not None:
+            self.search_result = self._tuners[0].search_result
+            self._say("search", f"{self.search_result.reason} (learning rate {self.search_result.learning_rate:.3g}).")
 
-    def _finish_step(self) -> dict[str, float]:
-        session = self._running
-        update = session.finish_step()
-        if update is None:
-            return {}
-        self.learning_rates = session.applied.learning_rates
-        record = report.as_record(update, self.learning_rates, session.applied.values(), self.history, self.settings)
-        self.history.append(record)
-        report.warn_once(report.remarks(update, self.history), self._warned, update.step)
-        return report.logged_values(update, record)
+    def _show_rates(self) -> None:
+        for tuner in self._tuners:
+            tuner.rates.refresh()
+        self.learning_rates = [rate for tuner in self._tuners for rate in tuner.rates.applied]
+
+    def _total_loss(self, trainer: pl.Trainer) -> torch.Tensor | None:
+        losses, self._losses = self._losses, []
+        if not losses:
+            return None
+        # An accumulation that ended with the epoch has fewer batches.
+        return sum(losses[1:], losses[0]) * (trainer.accumulate_grad_batches / len(losses))
+
+    def _step(
+        self, trainer: pl.Trainer, module: pl.LightningModule, tuner: Tuner, loss: torch.Tensor | None, batch: Any
+    ) -> dict[str, Any] | None:
+        compare = None
+        if not lightning_api.is_manual(module) and not lightning_api.takes_iterator(module):
+            compare = HeldOut(trainer, module, lambda _: batch, source="the training batch again", seed=self.seed)
+        record = tuner.step(
+            loss,
+            held_out=None if self._held_out is None else self._held_out.gradient,
+            compare=None if compare is None else compare.gradient,
+        )
+        error, tuner.held_out_error = tuner.held_out_error, None
+        if error is not None:
+            if self.meta_data != "auto" or self.held_out_loss is not None:
+                raise error
+            self._held_out = None
+            self._say("held-out", f"{error} This run goes on with the training gradients.", warn=True)
+        return record
+
+    def _add(self, number: int, record: dict[str, Any]) -> None:
+        several = len(self._tuners) > 1
+        self.history.append({**record, "optimizer": number} if several else record)
+        if record["diagnostics"]["trouble"]:
+            note = f"after step {record['step']}: {record['diagnostics']['note']}"
+            self._say(record["diagnostics"]["trouble"], note, warn=True)
+
+    def _say(self, kind: str, words: str, *, warn: bool = False) -> None:
+        if kind not in self._said:
+            (rank_zero_warn if warn else rank_zero_info)(f"LearnToLearn: {words}")
+        self._said.add(kind)
+
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, records: dict[int, dict[str, Any]]) -> None:
+        optimizers = [tuner.optimizer for tuner in self._tuners]
+        # Lightning keeps a logged value until the epoch ends; logging it again costs as much as a small layer.
+        if (trainer.current_epoch, self.learning_rates) != self._logged:
+            self._logged = (trainer.current_epoch, self.learning_rates)
+            names = reporting.names_of("learning_rate", optimizers)
+            reporting.log(trainer, module, dict(zip(names, self.learning_rates, strict=True)), prog_bar=True)
+        for number, record in records.items():
+            values = {
+                name: value
+                for name, value in record.items()
+                if isinstance(value, float) and name in ("training_loss", "held_out_loss")
+            }
+            suffix = f"/optimizer_{number}" if len(optimizers) > 1 else ""
+            found = {f"l2l/{name}{suffix}": value for name, value in values.items()}
+            for kind in ("cosine", "held_out_cosine"):
+                names = reporting.names_of(kind, [optimizers[number]])
+                found |= dict(zip(names, record.get(kind, []), strict=False))
+            reporting.log(trainer, module, found)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the figure; say so if the training was too short to learn anything."""
-        log_figure(trainer, self.history)
-        if not self.history and trainer.global_step > 0:
-            rank_zero_warn(report.no_update_message(trainer.global_step, self.settings.every_n_steps))
+        """Say what was learned, and log the figure."""
+        reporting.log_figure(trainer, self.history)
+        if self._tuners and any(tuner.steps for tuner in self._tuners):
+            rank_zero_info(f"LearnToLearn: {reporting.summary(self._tuners, self.history)}")
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Schedulers' states hold plain numbers."""
+        if "lr_schedulers" in checkpoint:
+            checkpoint["lr_schedulers"] = plain(checkpoint["lr_schedulers"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Remove what the session installed."""
-        self._close()
-        if stage != "fit":
-            self._loaded = {}  # `validate(ckpt_path=...)` loads our state, but trains nothing
+        """Leave the optimizers and the module."""
+        if stage == "fit":
+            self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Remove what the session installed: after an exception Lightning does not call ``teardown``."""
-        self._close(alone=True)
+        """The same: after an exception Lightning does not call ``teardown``."""
+        self._close()
 
-    def _close(self, *, alone: bool = False) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            session.close()
-            self._state = self._state_of(session, from_all=not alone)
+    def _close(self) -> None:
+        if self._tuners:
+            self._saved = self.state_dict()
+        self._cleanup.close()
+        for tuner in self._tuners:
+            tuner.close()
+        self._tuners, self._held_out, self._losses = [], None, []
+
+    # Results.
 
     def plot(self, path: str | None = None) -> Figure:
-        """The learning rates and the meta-objective over the training, as a matplotlib figure.
+        """The learning rates, and the evidence that moved them, over the training, as a matplotlib figure.
 
         Args:
             path: Where to write it as well; the suffix decides the format.
@@ -269,32 +344,94 @@ class LearnToLearn(pl.Callback):
         """
         from lightning_l2l.plotting import plot_history
 
-        figure: Figure = plot_history(self.history, path=path)
-        return figure
+        return plot_history(self.history, path=path)
 
-    def export_schedule(self) -> LearnedSchedule:
+    def export_schedule(self, optimizer: int = 0) -> LearnedSchedule:
         """The rates that were applied, as a table and a ``torch.optim.lr_scheduler`` that replay them without learning.
 
+        Args:
+            optimizer: The number of the optimizer, where the module has several.
+
         Raises:
-            ValueError: No step has been made yet, or the optimizer is itself a learned one.
+            ValueError: No step has been made yet.
         """
-        return exported(self.state_dict() if self._session is None else self._session.schedule())
+        if self._tuners:
+            return self._tuners[optimizer].applied.schedule()
+        record = AppliedRecord()
+        if self._saved.get("tuners"):
+            record.load_state_dict(self._saved["tuners"][optimizer]["applied"])
+        return record.schedule()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers, strings and containers: torch loads checkpoints with ``weights_only``."""
-        return self._state or self._loaded if self._session is None else self._state_of(self._session)
-
-    def _state_of(self, session: Session, *, from_all: bool = True) -> dict[str, Any]:
-        return {"version": VERSION, **session.state_dict(from_all=from_all), "history": copy.deepcopy(self.history)}
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """The checkpoint decides, also if there is nothing of ours in it."""
-        self._state, self._loaded = {}, {}
+        if not self._tuners:
+            return self._saved
+        return {
+            "tuners": [tuner.state_dict() for tuner in self._tuners],
+            "history": copy.deepcopy(self.history),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved state for ``on_train_start``; a ValueError if it is of another version, or damaged."""
-        if self._fitting:  # a validation does not need it, and must not fail for it
-            check_saved(state_dict)
-        self._loaded = state_dict
+        """Go on from a checkpoint, in the fit that begins."""
+        self._reset()
+        self._saved = state_dict
+
+
+class _StepsSchedulers:
+    """The module's ``lr_scheduler_step``, with the base rates in the groups while it runs.
+
+    It hides the method on the instance for the time of the fit. A copy or a pickle of the module made meanwhile has the
+    original method in this place.
+    """
+
+    def __init__(self, original: Any, tuners: list[Tuner], trainer: pl.Trainer) -> None:
+        self._original = original
+        self._tuners = tuners
+        self._trainer = trainer
+
+    def __call__(self, *arguments: Any) -> None:
+        with ExitStack() as stack:
+            for tuner in self._tuners:
+                stack.enter_context(tuner.rates.hidden())
+            self._original(*arguments)
+        lightning_api.show_last_rates(self._trainer)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._original,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _check(
+    estimator: Any, every_n_steps: int | None, meta_data: Any, held_out_loss: Any, meta_learning_rate: float
+) -> None:
+    """Refuse arguments that mean nothing."""
+    if not isinstance(estimator, ESTIMATORS):
+        raise TypeError(
+            f"LearnToLearn(estimator={estimator!r}): an estimator is an object that holds its own options, such as "
+            "Displacement(), Unroll(steps=5) or EvolutionStrategies(particles=8)."
+        )
+    if every_n_steps is not None and (isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int)):
+        raise TypeError(f"LearnToLearn(every_n_steps={every_n_steps!r}) must be a whole number of steps, or None.")
+    if every_n_steps is not None and every_n_steps < 1:
+        raise ValueError(f"LearnToLearn(every_n_steps={every_n_steps}) must be at least 1.")
+    if isinstance(meta_data, str) and meta_data not in get_args(MetaData):
+        raise ValueError(
+            f"LearnToLearn(meta_data={meta_data!r}) is not known; choose one of {list(get_args(MetaData))}, or pass a "
+            "loader of batches."
+        )
+    if isinstance(meta_data, Dataset):
+        raise TypeError(
+            "LearnToLearn(meta_data=...) was given a Dataset. Wrap it: DataLoader(dataset, batch_size=...)."
+        )
+    if held_out_loss is not None and not callable(held_out_loss):
+        raise TypeError("LearnToLearn(held_out_loss=...) must be a function of the module and a batch.")
+    if held_out_loss is not None and meta_data == "train":
+        raise ValueError(
+            "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there are "
+            "no held-out batches to take that loss of. Leave one of them out."
+        )
+    if not 0 <= meta_learning_rate < math.inf:
+        raise ValueError(f"LearnToLearn(meta_learning_rate={meta_learning_rate}) must be finite, and not negative.")

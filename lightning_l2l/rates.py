@@ -1,0 +1,232 @@
+"""Base and applied learning rates of an optimizer, kept apart while everybody reads and writes ``group["lr"]``.
+
+The *base rate* of a parameter group is what the user's optimizer, scheduler or hook wrote; the *applied rate* is that
+times the learned factor. Groups show the applied rate, so monitors, progress bars and checkpoints see what is used;
+what others write is taken for the new base rate. Rates that are computed from the one shown (``group["lr"] *= 0.7``, and
+schedules that multiply) would carry the learned factor into the base; :class:`AppliedRate` prevents that.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Pickled applied rates are plain floats; torch.load(weights_only=True) has to be told that `float` is harmless (2.13).
+torch.serialization.add_safe_globals([float])
+
+
+def _both(operation: Callable[[Any, Any], Any], *, reflected: bool = False) -> Callable[[Any, Any], Any]:
+    def apply(self: AppliedRate, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        theirs = other.base if isinstance(other, AppliedRate) else float(other)
+        pairs = ((float(self), float(other)), (self.base, theirs))
+        applied, base = (operation(b, a) if reflected else operation(a, b) for a, b in pairs)
+        return AppliedRate(applied, base)
+
+    return apply
+
+
+class AppliedRate(float):
+    """An applied learning rate that knows its base rate; arithmetic with numbers acts on both.
+
+    A hook or schedule that computes a new rate from the one it finds thereby says what the new *base* rate is.
+
+    Args:
+        applied: The rate that the optimizer steps with.
+        base: The rate without the learned factor.
+
+    Example:
+        >>> rate = AppliedRate(0.2, base=0.1)
+        >>> rate *= 0.5
+        >>> float(rate), rate.base
+        (0.1, 0.05)
+    """
+
+    base: float
+
+    def __new__(cls, applied: float, base: float) -> AppliedRate:
+        """See the class."""
+        rate = super().__new__(cls, applied)
+        rate.base = base
+        return rate
+
+    def __reduce__(self) -> Any:
+        return float, (float(self),)
+
+    def __deepcopy__(self, memo: Any) -> AppliedRate:
+        return self
+
+    __mul__ = _both(operator.mul)
+    __rmul__ = _both(operator.mul, reflected=True)
+    __add__ = _both(operator.add)
+    __radd__ = _both(operator.add, reflected=True)
+    __sub__ = _both(operator.sub)
+    __rsub__ = _both(operator.sub, reflected=True)
+    __truediv__ = _both(operator.truediv)
+
+
+class AppliedRates:
+    """The learned factors in the groups of one optimizer.
+
+    A learning rate that is a tensor (``capturable=True``, compiled steps) is written in place. It shows the base rate
+    except while the optimizer steps, and a tensor that several groups share is replaced by one for each of them.
+
+    Args:
+        optimizer: Any optimizer whose groups have an ``"lr"``.
+
+    Raises:
+        ValueError: A parameter group has no learning rate.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> rates = AppliedRates(optimizer)
+        >>> rates.apply([2.0])
+        >>> optimizer.param_groups[0]["lr"], rates.base
+        (0.2, [0.1])
+        >>> optimizer.param_groups[0]["lr"] *= 0.5  # the user's own decay
+        >>> rates.refresh()
+        >>> rates.base, rates.applied
+        ([0.05], [0.1])
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.factors: list[float] = []
+        self._shown: list[Any] = []
+        self._base: list[float] = []
+        # Checkpoints hold plain numbers: they load without this package.
+        self._hook = optimizer.register_state_dict_post_hook(_plain)
+        self.refresh()
+
+    @property
+    def base(self) -> list[float]:
+        """The base rate of each group."""
+        return list(self._base)
+
+    @property
+    def applied(self) -> list[float]:
+        """The applied rate of each group."""
+        return [base * factor for base, factor in zip(self._base, self.factors, strict=True)]
+
+    def refresh(self) -> None:
+        """Take over what others have written, and show the applied rates again. Costs a comparison where nobody has."""
+        groups = self.optimizer.param_groups
+        if len(groups) == len(self._shown) and all(
+            group["lr"] is shown for group, shown in zip(groups, self._shown, strict=True)
+        ):
+            return
+        seen: set[int] = set()
+        for index, group in enumerate(groups):
+            if "lr" not in group:
+                raise ValueError(
+                    f"Parameter group {index} of {type(self.optimizer).__name__} has no learning rate 'lr', so there "
+                    "is nothing to learn. Leave this optimizer out."
+                )
+            if index == len(self.factors):  # a group that was added during the training
+                self.factors.append(1.0)
+                self._base.append(0.0)
+                self._shown.append(None)
+            rate = group["lr"]
+            if isinstance(rate, Tensor):
+                if id(rate) in seen:
+                    rate = group["lr"] = rate.clone()
+                seen.add(id(rate))
+                self._base[index], self._shown[index] = float(rate), None  # read anew each time
+            elif rate is not self._shown[index]:
+                self._base[index] = rate.base if isinstance(rate, AppliedRate) else float(rate)
+                self._show(index)
+        del self.factors[len(groups) :], self._base[len(groups) :], self._shown[len(groups) :]
+
+    def apply(self, factors: Sequence[float]) -> None:
+        """Set the learned factor of each group.
+
+        Args:
+            factors: One positive number for each group.
+        """
+        self.refresh()
+        self.factors[:] = factors
+        for index in range(len(self.factors)):
+            self._show(index)
+
+    def rebase(self, base: Sequence[float], factors: Sequence[float]) -> None:
+        """Set base rates and factors together: groups that a checkpoint has restored show applied rates.
+
+        Args:
+            base: One rate for each group, or for the first so many.
+            factors: One positive number for each group.
+        """
+        for group, rate in zip(self.optimizer.param_groups, base, strict=False):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.apply(factors)
+
+    def _show(self, index: int) -> None:
+        group, base, factor = self.optimizer.param_groups[index], self._base[index], self.factors[index]
+        if isinstance(group["lr"], Tensor):
+            return
+        # Untouched where nothing is learned: the very number that the user wrote, to the last bit.
+        group["lr"] = self._shown[index] = AppliedRate(base * factor if factor != 1 else base, base)
+
+    def before_step(self) -> None:
+        """The optimizer is about to step: tensors show the applied rate."""
+        self.refresh()
+        for group, base, factor in zip(self.optimizer.param_groups, self._base, self.factors, strict=True):
+            if isinstance(group["lr"], Tensor) and factor != 1:
+                group["lr"].fill_(base * factor)
+
+    def after_step(self) -> None:
+        """The optimizer has stepped: tensors show the base rate again."""
+        for group, base, factor in zip(self.optimizer.param_groups, self._base, self.factors, strict=True):
+            if isinstance(group["lr"], Tensor) and factor != 1:
+                group["lr"].fill_(base)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Inside, groups hold plain base rates; what they hold at the end is the new base. For schedulers.
+
+        ``ReduceLROnPlateau`` reads ``float(group["lr"])``, which has lost its base rate.
+        """
+        self.refresh()
+        for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = base
+        try:
+            yield
+        finally:
+            self.refresh()
+
+    def close(self, *, keep: bool = True) -> None:
+        """Leave plain numbers in the groups.
+
+        Args:
+            keep: Whether they are the applied rates, or the base rates.
+        """
+        self._hook.remove()
+        for group, rate in zip(self.optimizer.param_groups, self.applied if keep else self._base, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+
+def plain(value: Any) -> Any:
+    """The same tree of dictionaries and lists with plain floats in place of applied rates."""
+    if isinstance(value, AppliedRate):
+        return float(value)
+    if type(value) is dict:
+        return {key: plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    return value
+
+
+def _plain(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "param_groups": plain(state["param_groups"])}

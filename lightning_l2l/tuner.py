@@ -1,0 +1,457 @@
+"""Tuner: learns the rates of one optimizer while it trains. The same in Lightning, in Fabric and in a plain loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_l2l.displacement import Rule, RunningAverage, cosine
+from lightning_l2l.guard import LossWatch, Snapshot, is_worse
+from lightning_l2l.preserve import PreservedTensors, preserved_module, preserved_random_state
+from lightning_l2l.rates import AppliedRates
+from lightning_l2l.schedule import AppliedRecord
+
+# ``gradient(number, before)`` opens a context in which the trained parameters hold a held-out gradient, and yields the
+# loss; ``before`` is called once everything is saved, and may move the weights. See lightning_l2l.host.held_out.
+HeldOutGradient = Callable[[int, Callable[[], None] | None], AbstractContextManager[Tensor]]
+
+# An average that is larger than this is not written into checkpoints: it begins anew in a run that is resumed.
+LARGEST_SAVED = 64 * 2**20
+# A run that is lost more often than this has another problem than its learning rate.
+_MOST_ROLLBACKS = 10
+# Held-out batches by which the snapshot and the present weights are compared.
+_COMPARED = 2
+
+
+class HeldOutError(RuntimeError):
+    """A held-out gradient could not be taken; the message says of what, why, and the way out."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the search for a rate to start from found.
+
+    Attributes:
+        learning_rate: The rate of the first parameter group that the training started from, before its schedule.
+        steps: Optimizer steps that the search lasted.
+        reason: What was seen, in words.
+    """
+
+    learning_rate: float
+    steps: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Displacement:
+    """The default estimator: learning rates from the cosine of gradient and displacement. Nothing to choose.
+
+    Attributes:
+        final_decay: Where the length of the training is known, you have no schedule, and noise is what limits the loss
+            (the cosine is not negative any more), let the rate fall to zero over the last fifth of the steps.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.full((1,), 5.0))
+        >>> optimizer = torch.optim.SGD([weight], lr=1e-4)  # far too small
+        >>> tuner = Displacement().attach(optimizer, planned_steps=100)
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     loss = 0.5 * weight.square().sum()
+        ...     loss.backward()
+        ...     _ = optimizer.step()
+        ...     _ = tuner.step(loss)
+        >>> tuner.rates.applied[0] > 0.01, abs(weight.item()) < 0.5
+        (True, True)
+    """
+
+    final_decay: bool = True
+
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        planned_steps: float = math.inf,
+        every_n_steps: int | None = None,
+        meta_learning_rate: float = 1.0,
+        initial_search: bool = True,
+        divergence_guard: bool = True,
+        has_schedule: bool = False,
+        modules: Iterable[nn.Module] = (),
+        seed: int = 0,
+    ) -> Tuner:
+        """Learn the rates of an optimizer from its next step on.
+
+        Args:
+            optimizer: Any optimizer whose steps are in proportion to ``group["lr"]``.
+            planned_steps: Its steps in the whole training; infinite where nobody knows.
+            every_n_steps: Steps from one update to the next; ``None``: in proportion to the steps so far.
+            meta_learning_rate: A multiple of the usual speed; 0 only observes.
+            initial_search: Whether a rate that hardly moves the weights rises in the first steps already.
+            divergence_guard: Whether a lost run is taken back.
+            has_schedule: Whether a scheduler moves the rate, too.
+            modules: The modules that are trained, for the guard's snapshot.
+            seed: Of what is drawn.
+
+        Raises:
+            ValueError: A parameter group has no learning rate.
+        """
+        rule = Rule(
+            len(optimizer.param_groups),
+            planned_steps=planned_steps,
+            every_n_steps=every_n_steps,
+            speed=meta_learning_rate,
+            ramps=initial_search,
+            decays=self.final_decay and not has_schedule,
+        )
+        return Tuner(optimizer, rule, modules=modules, guard=divergence_guard, seed=seed)
+
+
+class Tuner:
+    """Watches an optimizer's steps, and moves its learning rates. Made by :meth:`Displacement.attach`.
+
+    It lives in the optimizer's step hooks: before a step it measures the gradient along the displacement, after it the
+    running average takes note of the weights. Call :meth:`step` after each ``optimizer.step()``.
+
+    Args:
+        optimizer: Any optimizer that moves its parameters in proportion to ``group["lr"]``.
+        rule: When and how rates move.
+        modules: Modules whose buffers are taken along by the guard, and put back after a held-out gradient.
+        guard: Whether to take a lost run back.
+        seed: Of what a held-out loss draws.
+
+    Attributes:
+        history: One record for each update.
+        rates: The base and applied rates.
+        steps: Optimizer steps so far.
+        search_result: What the first steps changed, once they are over; ``None`` where nothing is looked for.
+        seen: Optimizer steps when :meth:`step` was last called.
+        held_out_error: What the last held-out gradient failed with: the update went on with the training gradients.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: Rule,
+        *,
+        modules: Iterable[nn.Module] = (),
+        guard: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.optimizer = optimizer
+        self.rule = rule
+        self.rates = AppliedRates(optimizer)
+        self.average = RunningAverage(optimizer)
+        self.history: list[dict[str, Any]] = []
+        self.held_out_error: HeldOutError | None = None
+        self.search_result: SearchResult | None = None
+        self.steps = 0
+        self.rollbacks = 0
+        self._modules = list(modules)
+        self._seed = seed
+        self._guards = guard and not rule.only_observes
+        self.applied = AppliedRecord()
+        self._watch = LossWatch(rule.planned_steps)
+        self._tensors = PreservedTensors([*self._modules], optimizer)
+        self._snapshot: Snapshot | None = None
+        self._measured: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self.seen = 0
+        self._open = False
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._about_to_step),
+            optimizer.register_step_post_hook(self._has_stepped),
+        ]
+
+    # What every step of the optimizer does.
+
+    def _about_to_step(self, _: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if self._open:  # a subclass whose step calls that of its base class: torch runs the hooks of both
+            return None
+        self._open = True
+        # With a closure, the gradients are there once it has run.
+        if options.get("closure") is not None:
+            return arguments, {**options, "closure": self._after(options["closure"])}
+        if len(arguments) > 1 and callable(arguments[1]):
+            return (arguments[0], self._after(arguments[1]), *arguments[2:]), options
+        self._before_step()
+        return None
+
+    def _after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def wrapped() -> Any:
+            result = closure()
+            self._before_step()
+            return result
+
+        return wrapped
+
+    def _before_step(self) -> None:
+        self.rates.before_step()
+        self.applied.note(self.steps, dict(zip(self._columns(), self.rates.applied, strict=True)))
+        if self._guards and self._snapshot is None:
+            self._snapshot = Snapshot(self._modules, self.optimizer)
+        if self.rule.samples(self.steps):
+            self.average.follow()
+            sums = self._measure()
+            if self._measured and self._measured[-1].shape != sums.shape:
+                self._measured.clear()  # a group was added
+            self._measured.append(sums)
+
+    def _has_stepped(self, *_: Any) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self.rates.after_step()
+        self.steps += 1
+        if self.rule.samples(self.steps - 1):
+            self.average.fold(self.steps)
+
+    def _columns(self) -> list[str]:
+        """The name of each group's rate in an exported schedule."""
+        groups = self.optimizer.param_groups
+        if len(groups) == 1:
+            return ["lr"]
+        labels = [str(group.get("name", index)) for index, group in enumerate(groups)]
+        return [f"lr/{label if len(set(labels)) == len(labels) else index}" for index, label in enumerate(labels)]
+
+    def _measure(self) -> Tensor:
+        return torch.stack([self.average.measure(group) for group in range(len(self.optimizer.param_groups))])
+
+    # What the loop calls.
+
+    def step(
+        self,
+        loss: Tensor | float | None = None,
+        *,
+        held_out: HeldOutGradient | None = None,
+        compare: HeldOutGradient | None = None,
+    ) -> dict[str, Any] | None:
+        """To be called after each optimizer step; returns the record of an update, if there was one.
+
+        Calls without a step in between (accumulated batches, a step that mixed precision left out) do nothing.
+
+        Args:
+            loss: The training loss of the step; without it, a lost run is not noticed.
+            held_out: Where held-out gradients come from: :meth:`held_out_gradient` makes one of a function. Without it,
+                the rate is learned from the training gradients alone.
+            compare: The same for the guard, which compares two states on the same batch; ``None``: ``held_out``.
+        """
+        self._open = False  # if the step raised
+        if self.steps == self.seen:
+            return None
+        self.seen = self.steps
+        if loss is not None:
+            value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+            self._losses.append(self._sign * value.reshape(()))
+        due = self.rule.is_due(self.steps)
+        if not (due or self._reads_now()):
+            return None
+        losses, measured = self._read()
+        for number in losses:
+            self._watch.see(number)
+        self.rule.see(self.steps, measured)
+        if self._guards and self._watch.is_suspicious and self.rollbacks < _MOST_ROLLBACKS:
+            record = self._go_back_if_lost(compare or held_out)
+            if record is not None:
+                return record
+        record = self._update(held_out) if due else None
+        self.rates.apply(self.rule.factors(self.steps))
+        return record
+
+    @property
+    def _sign(self) -> float:
+        """Where the optimizer maximizes, what it maximizes is a negative loss."""
+        return -1.0 if all(group.get("maximize") for group in self.optimizer.param_groups) else 1.0
+
+    def _reads_now(self) -> bool:
+        """Whether to look at the numbers of the last steps, which makes an accelerator or other processes wait."""
+        waits = _is_distributed() or any(value.device.type != "cpu" for value in self._losses[:1])
+        return not waits or self.steps <= 32 or self.steps % (self.steps // 32) == 0
+
+    def _read(self) -> tuple[list[float], list[list[list[float]]]]:
+        """Losses and measurements since the last time, with one transfer; losses are means over the processes."""
+        losses, measured = self._losses, self._measured
+        self._losses, self._measured = [], []
+        if not losses and not measured:
+            return [], []
+        like = (measured or losses)[0]
+        stacked = torch.stack([value.to(like) for value in losses]) if losses else torch.zeros(0).to(like)
+        if losses and _is_distributed():
+            torch.distributed.all_reduce(stacked)
+            stacked /= torch.distributed.get_world_size()
+        numbers = torch.cat([stacked, *[sums.flatten() for sums in measured]]).tolist()
+        groups = len(self.optimizer.param_groups)
+        rows = [numbers[at : at + 4] for at in range(len(losses), len(numbers), 4)]
+        return numbers[: len(losses)], [rows[at : at + groups] for at in range(0, len(rows), groups)]
+
+    def _update(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
+        held_out_loss, held_out_cosine = math.nan, [math.nan] * len(self.optimizer.param_groups)
+        if held_out is not None:
+            try:
+                with held_out(len(self.history), None) as loss:
+                    sums = self._measure()
+                    *numbers, held_out_loss = torch.cat([sums.flatten(), loss.detach().reshape(1).to(sums)]).tolist()
+                held_out_cosine = [cosine(*numbers[at : at + 3]) for at in range(0, len(numbers), 4)]
+            except HeldOutError as error:
+                self.held_out_error = error
+        if self.search_result is None and self.rule.ramps and not self.rule.is_ramping(self.steps):
+            self.search_result = self._end_of_search()
+        found = self.rule.update(self.steps, self.rates.base)
+        if self._guards and self._snapshot is not None and self._watch.has_improved():
+            self._snapshot.take()
+        self.rates.apply(self.rule.factors(self.steps))
+        return self._record({"held_out_loss": held_out_loss, "held_out_cosine": held_out_cosine, **found})
+
+    def _end_of_search(self) -> SearchResult:
+        steps, factor = self.rule.ramp_steps, math.exp(self.rule.log_factors[0])
+        rate = self.rates.base[0] * factor
+        if steps == 0:
+            return SearchResult(rate, 0, "the given rate moves the weights, so it stays")
+        return SearchResult(rate, steps, f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}")
+
+    def _record(self, found: dict[str, Any], trouble: str = "", note: str = "") -> dict[str, Any]:
+        record = {
+            "step": self.steps,
+            "learning_rates": self.rates.applied,
+            "base_rates": self.rates.base,
+            "training_loss": self._watch.mean,
+            **found,
+            "diagnostics": {"trouble": trouble, "note": note, "estimator": "displacement"},
+        }
+        self.history.append(record)
+        return record
+
+    def _go_back_if_lost(self, compare: HeldOutGradient | None) -> dict[str, Any] | None:
+        snapshot = self._snapshot
+        if snapshot is None:
+            return None
+        if compare is not None:
+            before, now = ([self._loss(compare, n, move) for n in range(_COMPARED)] for move in (snapshot.load, None))
+            if not is_worse(before, now):
+                self._watch.unfounded()
+                return None
+        snapshot.restore()
+        self._measured, self._losses = [], []
+        self.average.restart()
+        cut = self.rule.cut(self.steps)
+        self._watch.forget()
+        self.rollbacks += 1
+        self.rates.apply(self.rule.factors(self.steps))
+        note = (
+            "The training had diverged. Weights and buffers were taken back to the last good snapshot, the optimizer's "
+            f"state begins anew, and the learning rate was multiplied by {cut:.2g}."
+        )
+        if self.rollbacks == _MOST_ROLLBACKS:
+            note += (
+                f" That was the {_MOST_ROLLBACKS}th time, and the last one: the learning rate is not what is wrong. "
+                "Look for broken batches or a loss that is not a number."
+            )
+        return self._record({}, "rolled_back", note)
+
+    def _loss(self, compare: HeldOutGradient, number: int, before: Callable[[], None] | None) -> float:
+        with compare(len(self.history) + number, before) as loss:
+            return self._sign * float(loss)
+
+    def held_out_gradient(self, loss: Callable[[], Tensor]) -> HeldOutGradient:
+        """Held-out gradients of a function, for loops of plain PyTorch.
+
+        Weights, buffers, gradients, attributes and random numbers are put back after each call. On several processes
+        the gradient is the mean over them.
+
+        Args:
+            loss: Returns the loss of a held-out batch, another one in each call, with its graph.
+        """
+
+        @contextmanager
+        def gradient(number: int, before: Callable[[], None] | None) -> Iterator[Tensor]:
+            with ExitStack() as stack:
+                stack.enter_context(self._tensors())
+                stack.enter_context(preserved_random_state(self._seed + number))
+                for module in self._modules:
+                    stack.enter_context(preserved_module(module))
+                if before is not None:
+                    before()
+                with torch.enable_grad():
+                    value = loss()
+                    value.backward()
+                trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+                yield mean_over_processes(value.detach(), trained)
+
+        return gradient
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers, strings and containers: torch loads checkpoints with ``weights_only``."""
+        average = self.average.state_dict()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in average["average"])
+        return {
+            "steps": self.steps,
+            "seen": self.seen,
+            "rollbacks": self.rollbacks,
+            "base_rates": self.rates.base,
+            "rule": self.rule.state_dict(),
+            "watch": self._watch.state_dict(),
+            "losses": [value.item() for value in self._losses],
+            "measured": [sums.tolist() for sums in self._measured],
+            "average": average if size <= LARGEST_SAVED else {},
+            "applied": self.applied.state_dict(),
+            "history": copy.deepcopy(self.history),
+            "search_result": None if self.search_result is None else asdict(self.search_result),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: It was saved for another number of parameter groups.
+        """
+        if len(state["base_rates"]) > len(self.optimizer.param_groups):
+            raise ValueError(
+                f"The saved state is of an optimizer with {len(state['base_rates'])} parameter groups, and this one has "
+                f"{len(self.optimizer.param_groups)}. Resume with the optimizer that was saved."
+            )
+        self.steps, self.seen, self.rollbacks = state["steps"], state["seen"], state["rollbacks"]
+        self.rule.load_state_dict(state["rule"])
+        self._watch.load_state_dict(state["watch"])
+        device = next((p.device for group in self.optimizer.param_groups for p in group["params"]), None)
+        self._losses = [torch.tensor(value, device=device) for value in state["losses"]]
+        self._measured = [torch.tensor(sums, dtype=torch.float64, device=device) for sums in state["measured"]]
+        if state["average"]:
+            self.average.load_state_dict(state["average"])
+        self.applied.load_state_dict(state["applied"])
+        self.history = copy.deepcopy(state["history"])
+        self.search_result = SearchResult(**state["search_result"]) if state["search_result"] else None
+        # The optimizer's saved groups show the applied rates.
+        self.rates.rebase(state["base_rates"], self.rule.factors(self.steps))
+
+    def close(self) -> None:
+        """Leave the optimizer: no hooks, plain numbers in the groups, at the applied rates."""
+        for hook in self._hooks:
+            hook.remove()
+        self.rates.close()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def mean_over_processes(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Average the gradients of whole parameters, in place, and the loss; those of sharded ones are means already."""
+    if not _is_distributed() or torch.distributed.get_world_size() == 1:
+        return loss
+    count = torch.distributed.get_world_size()
+    for parameter in parameters:
+        if hasattr(parameter, "to_local"):
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad.div_(count)
+    total = loss.float().clone()
+    torch.distributed.all_reduce(total)
+    return total / count
