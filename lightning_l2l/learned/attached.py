@@ -81,14 +81,6 @@ def slots_of(inner: InnerOptimizer, per: Per) -> tuple[str, ...]:
     return tuple(name for group in inner.groups for name in group.names or ())
 
 
-def places_of(inner: InnerOptimizer, per: Per) -> dict[str, int]:
-    """For each parameter's name the position of its value among the slots."""
-    named = [(name, index) for index, group in enumerate(inner.groups) for name in group.names or ()]
-    if per == "tensor":
-        return {name: place for place, (name, _) in enumerate(named)}
-    return {name: index if per == "group" else 0 for name, index in named}
-
-
 def sources_of(
     slots: tuple[str, ...], offset: torch.nn.Parameter | None, before: tuple[str, ...] | None
 ) -> list[int | None]:

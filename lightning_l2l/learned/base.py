@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +16,6 @@ if TYPE_CHECKING:
 
     from lightning_l2l.functional import InnerOptimizer
     from lightning_l2l.learned.torch_optimizer import LearnedTorchOptimizer
-
-
-# Over dual numbers: (parameters, gradients, state, how far the meta-parameters move) -> (parameters, state).
-DualStep = Callable[
-    [Mapping[str, Any], Mapping[str, Any], Any, Sequence[Tensor]], tuple[dict[str, Any], dict[str, dict[str, Any]]]
-]
 
 
 class LearnedOptimizer(torch.nn.Module, abc.ABC):
@@ -69,34 +63,6 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
             A torchopt transformation over dictionaries of tensors by name, differentiable in
             :meth:`parameters`. It is made anew for each inner step, so making it must be cheap.
         """
-
-    def dual_step(self, directions: Sequence[tuple[str, int]]) -> DualStep | None:
-        """One applied step over dual numbers: the step of :meth:`transformation` and its derivative, without a graph.
-
-        Makes forward mode faster. The default has none, which is always right.
-
-        Args:
-            directions: For each tangent the scalar meta-parameter that it is the derivative for (name, flat index).
-
-        Returns:
-            A function with the present meta-parameters, or ``None``. It takes parameters and gradients by name and the
-            optimizer's state, each a tensor or a :class:`~lightning_l2l.functional.dual.Dual` (a gradient may be
-            ``None``), and for each direction by how much its scalar moves (0-dim). It returns parameters and state
-            after the step.
-        """
-        return None
-
-    def rate_places(self) -> dict[str, int] | None:
-        """Where nothing but a factor ``exp(offset)`` on learning rates is learned: whose rate is which offset's.
-
-        Such a learned optimizer can be asked by the displacement of the parameters alone
-        (:mod:`lightning_l2l.exact.estimators.displacement`).
-
-        Returns:
-            For each parameter's name the index of its offset in ``"learning_rate"``, the only meta-parameter; ``None``,
-            which is always right, where more is learned, or steps are not proportional to the rate.
-        """
-        return None
 
     @property
     def scale_equivariant(self) -> bool:

@@ -16,9 +16,8 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.functional import InnerOptimizer
-from lightning_l2l.functional.dual import Dual
-from lightning_l2l.learned.attached import Per, described, places_of, rearranged, rebuilt, slots_of, sources_of
-from lightning_l2l.learned.base import DualStep, LearnedOptimizer
+from lightning_l2l.learned.attached import Per, described, rearranged, rebuilt, slots_of, sources_of
+from lightning_l2l.learned.base import LearnedOptimizer
 from lightning_l2l.learned.parametrisation import PARAMETRISATIONS, parametrisations
 
 if TYPE_CHECKING:
@@ -124,32 +123,6 @@ class LearnedHyperparameters(LearnedOptimizer):
         """The attached optimizer with the learned values in place; differentiable in the meta-parameters."""
         return self._attached().transformation(self._group_values([self._cells(n).unbind() for n in self._learned]))
 
-    def dual_step(self, directions: Sequence[tuple[str, int]]) -> DualStep | None:
-        """The attached optimizer's step over dual numbers, if its rule has them."""
-        inner = self._attached()
-        if not inner.rule.dual_numbers:
-            return None
-        cells = [self._dual_cells(name, directions) for name in self._learned]
-
-        def step(parameters: Any, gradients: Any, state: Any, by: Sequence[Tensor]) -> tuple[dict[str, Any], Any]:
-            moving = [[_scaled(cell, by) for cell in of_one] for of_one in cells]
-            return inner.step(self._group_values(moving), parameters, gradients, state)
-
-        return step
-
-    def _dual_cells(self, name: str, directions: Sequence[tuple[str, int]]) -> list[Dual]:
-        """The values of one hyperparameter; a tangent only where its own offset moves, for a unit of that."""
-        offset = self.get_parameter(name).detach().double()
-        # The derivative of every value by its own offset, and then for each direction the one entry that it moves.
-        duals = self._values_at(name, Dual(offset, (torch.ones_like(offset),)))
-        assert duals.tangents[0] is not None
-        cells = []
-        for index, (value, slope) in enumerate(zip(duals.value.unbind(), duals.tangents[0].unbind(), strict=True)):
-            # With per="optimizer" one offset stands for all the values.
-            own = (name, index if len(offset) > 1 else 0)
-            cells.append(Dual(value, [slope if direction == own else None for direction in directions]))
-        return cells
-
     def _group_values(self, cells: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
         """For each group the learned values by ``torch.optim``'s keys, from all values of each hyperparameter."""
         groups = self._attached().groups
@@ -164,13 +137,6 @@ class LearnedHyperparameters(LearnedOptimizer):
     def scale_equivariant(self) -> bool:
         """Whether the attached optimizer is (SGD)."""
         return self._attached().scale_equivariant
-
-    def rate_places(self) -> dict[str, int] | None:
-        """The offsets of ``"learning_rate"`` if that alone is learned, and the attached optimizer's steps are so."""
-        inner = self._attached()
-        if list(self._learned) != ["learning_rate"] or not inner.rule.proportional_to_rate:
-            return None
-        return places_of(inner, self.per)
 
     def scaled_rate(self, factor: float) -> dict[str, Tensor] | None:
         """The offset of ``"learning_rate"``, moved by ``log(factor)``; ``None`` if that is not learned."""
@@ -278,10 +244,6 @@ class LearnedHyperparameters(LearnedOptimizer):
             if saved is not None and self._parameters[name] is None:
                 self._parameters[name] = torch.nn.Parameter(torch.zeros_like(saved))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _scaled(cell: Dual, by: Sequence[Tensor]) -> Dual:
-    return Dual(cell.value, [None if t is None else t * far for t, far in zip(cell.tangents, by, strict=True)])
 
 
 def _paired(beta1: Any, beta2: Any) -> Any:
