@@ -1,4 +1,4 @@
-"""Evolution strategies: unbiased, batched or not, honest about their noise; and what stands in for what has no derivative."""
+"""Evolution strategies: unbiased, batched or not, honest about their noise; and losses without second derivatives."""
 
 from __future__ import annotations
 

@@ -303,11 +303,15 @@ def test_the_nan_of_torchopts_adam_at_a_zero_gradient_is_reported_and_not_return
         return (tensors["w"][0] - 1).square()
 
     learned = LearnedTorchopt(torchopt.adam)
-    result = meta_gradient(loss, {"w": torch.zeros(2).double()}, learned, [None] * 3, None, estimator=Unroll(mode="forward"))
+    result = meta_gradient(
+        loss, {"w": torch.zeros(2).double()}, learned, [None] * 3, None, estimator=Unroll(mode="forward")
+    )
     assert not result.usable
     assert result.diagnostics.overflow
     ours = LearnedStepSize().attach(inner_optimizer(torch.optim.Adam, lr=0.02))
-    assert meta_gradient(loss, {"w": torch.zeros(2).double()}, ours, [None] * 3, None, estimator=Unroll(mode="forward")).usable
+    assert meta_gradient(
+        loss, {"w": torch.zeros(2).double()}, ours, [None] * 3, None, estimator=Unroll(mode="forward")
+    ).usable
 
 
 def overshooting(tensors, batch):
@@ -331,7 +335,9 @@ def test_a_diverging_unroll_is_reported_as_truncated_and_its_gradient_is_nan(mod
 @pytest.mark.parametrize("mode", MODES)
 def test_a_meta_loss_that_overflows_is_reported(mode):
     learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=10.0))
-    result = meta_gradient(overshooting, {"w": torch.full((1,), 1000.0)}, learned, [None], None, estimator=Unroll(mode=mode))
+    result = meta_gradient(
+        overshooting, {"w": torch.full((1,), 1000.0)}, learned, [None], None, estimator=Unroll(mode=mode)
+    )
     assert result.diagnostics.overflow
     assert not result.usable
     assert math.isnan(result.gradients["learning_rate"].item())
@@ -357,7 +363,9 @@ def test_the_growth_rate_is_the_lyapunov_exponent_of_a_linear_problem(mode):
         return 0.5 * tensors["w"].square().sum() + 1.0
 
     learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=2.5))
-    result = meta_gradient(loss, {"w": torch.ones(1).double()}, learned, [None] * 200, None, estimator=Unroll(mode=mode))
+    result = meta_gradient(
+        loss, {"w": torch.ones(1).double()}, learned, [None] * 200, None, estimator=Unroll(mode=mode)
+    )
     expected = math.log(1.5)
     slack = math.log(200) / 199 + 1e-12 if mode == "forward" else 1e-12
     assert expected - 1e-12 <= result.diagnostics.growth_rate <= expected + slack
@@ -372,7 +380,12 @@ def test_a_meta_gradient_below_the_parameters_number_range_is_still_right(mode):
     eta, steps = 1.2, 40
     learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=eta))
     result = meta_gradient(
-        loss, {"w": torch.full((1,), 1e3)}, learned, [None] * steps, None, estimator=Unroll(objective="naive", mode=mode)
+        loss,
+        {"w": torch.full((1,), 1e3)},
+        learned,
+        [None] * steps,
+        None,
+        estimator=Unroll(objective="naive", mode=mode),
     )
     # d/deta of w_t**2 / 2, times eta since the meta-parameter is log(eta)
     expected = -1e6 * steps * (1 - eta) ** (2 * steps - 1) * eta

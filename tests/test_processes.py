@@ -119,7 +119,9 @@ def test_the_mean_of_the_own_meta_gradients_is_something_else() -> None:
     batches, held_out = data(5, 1), data(1, 2)[0]
     expected = meta_gradient(loss, parameters(), learned(), batches, held_out)
     own = [
-        meta_gradient(loss, parameters(), learned(), [batch.chunk(2)[rank] for batch in batches], held_out.chunk(2)[rank])
+        meta_gradient(
+            loss, parameters(), learned(), [batch.chunk(2)[rank] for batch in batches], held_out.chunk(2)[rank]
+        )
         for rank in range(2)
     ]
     mean = sum(result.gradients["learning_rate"] for result in own) / 2

@@ -137,7 +137,7 @@ def unrolled(
         RuntimeError: As for :func:`meta_gradient`.
     """
     mode, reason = _chosen_mode(estimator, step.learned, len(batches))
-    before = RandomState.now({leaf.device for leaf in start.leaves()})
+    before = RandomState.now({leaf.device for leaf in start.leaves()}) if estimator.mode == "auto" else None
     with twice_differentiable():  # once for all evaluations
         try:
             return _MODES[mode](step, start, batches, meta_batch, estimator.objective, reason)
@@ -145,7 +145,7 @@ def unrolled(
             missing = lacks_second_derivative(error)
             if missing is None:
                 raise
-            if estimator.mode != "auto":
+            if before is None:
                 raise RuntimeError(
                     f"mode={mode!r} differentiates the training step twice, and {missing} cannot be. Use "
                     "EvolutionStrategies(), which needs no second derivative, Unroll(second_order=False), which leaves "

@@ -113,13 +113,13 @@ class InnerOptimizer:
             new_state = dict(state)
             for group, replacement in zip(self.groups, replacements, strict=True):
                 settings = {**self.rule.defaults, **group.hyperparameters, **replacement}
-                by_name = [key for key, value in replacement.items() if isinstance(value, Mapping)]
+                by_name = {key: value for key, value in replacement.items() if isinstance(value, Mapping)}
                 for name in _members(group, params):
                     gradient = updates.get(name)
                     if gradient is None:
                         continue
                     _check_supported(name, params[name], gradient)
-                    own = {**settings, **{key: replacement[key][name] for key in by_name}} if by_name else settings
+                    own = {**settings, **{key: value[name] for key, value in by_name.items()}} if by_name else settings
                     moves[name], new_state[name] = self.rule.update(params[name], gradient, state.get(name, {}), own)
             return moves, new_state
 
