@@ -198,9 +198,7 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
                 "lightning_l2l.learned.register_learned_optimizer."
             )
         if not issubclass(known, cls):
-            raise ValueError(
-                f"{path} holds a {known.__name__}, not a {cls.__name__}; LearnedOptimizer.load reads any."
-            )
+            raise ValueError(f"{path} holds a {known.__name__}, not a {cls.__name__}; LearnedOptimizer.load reads any.")
         return known._of(content, path)
 
     @classmethod

@@ -216,7 +216,7 @@ def scaled_normal_(weight: Tensor) -> None:
 
 
 def combined_step(outputs: Tensor, exponent_multiplier: float) -> Tensor:
-    """``d * exp(exponent_multiplier * a)`` of the outputs d and a, ``(2, N)``; a is unused where the multiplier is 0."""
+    """``d * exp(exponent_multiplier * a)`` for outputs d and a, ``(2, N)``; a is unused if the multiplier is 0."""
     direction, magnitude = outputs.unbind(0)
     return direction if exponent_multiplier == 0 else direction * torch.exp(exponent_multiplier * magnitude)
 

@@ -1,7 +1,7 @@
 """The file format of a learned optimizer: one safetensors file, weights and a header that says what they are.
 
 No pickle and no code: the header names a class and the arguments of its constructor as plain data. Which class that
-is, the reader decides (:meth:`lightning_l2l.LearnedOptimizer.load`). A file can therefore be wrong, but not do anything.
+is, :meth:`lightning_l2l.LearnedOptimizer.load` decides. A file can therefore be wrong, but not do anything.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ class _Placed(NamedTuple):
 class OptimizerInUse(LearnedOptimizer):
     """What the next steps of a live optimizer would do, differentiable in the meta-parameters.
 
-    Its meta-parameters *are* those of the learned optimizer in use (the very tensors, under the prefix ``learned.``), so
-    a meta-update changes what the live optimizer does. Its state is that of :meth:`read_state`. Rates and decays are
-    read once, here: make another one after a scheduler has moved them.
+    Its meta-parameters *are* those of the learned optimizer in use (the very tensors, under the prefix ``learned.``),
+    so a meta-update changes what the live optimizer does. Its state is that of :meth:`read_state`. Rates and decays
+    are read once, here: make another one after a scheduler has moved them.
 
     Args:
         optimizer: What :meth:`LearnedOptimizer.as_torch_optimizer` returned.

@@ -96,17 +96,15 @@ class Layout:
     def split(self, rows: Tensor) -> list[Tensor]:
         """Views of a tensor of shape ``(..., N)``, one for each part, of shape ``(..., tensors, size)``."""
         if len(self.parts) == 1:
-            parts: Sequence[Tensor] = (rows,)
+            pieces: Sequence[Tensor] = (rows,)
         else:
-            parts = torch.split(rows, [part.elements for part in self.parts], dim=-1)
-        return [
-            part.unflatten(-1, (len(part.names), part.size))
-            for part, part in zip(parts, self.parts, strict=True)
-        ]
+            pieces = torch.split(rows, [part.elements for part in self.parts], dim=-1)
+        pairs = zip(pieces, self.parts, strict=True)
+        return [piece.unflatten(-1, (len(part.names), part.size)) for piece, part in pairs]
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`split`; shape ``(..., N)``."""
-        flat = [part.flatten(-2) for part in parts]
+        flat = [piece.flatten(-2) for piece in pieces]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def spread(self, values: Tensor, sizes: Sequence[int] | None = None) -> Tensor:

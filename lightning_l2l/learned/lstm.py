@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_l2l.learned.coordinatewise import (
-    CoordinatewiseOptimizer,
     CoordinateNetwork,
+    CoordinatewiseOptimizer,
     State,
     scaled_normal_,
 )

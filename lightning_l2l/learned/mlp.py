@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.learned.coordinatewise import (
-    CoordinatewiseOptimizer,
     CoordinateNetwork,
+    CoordinatewiseOptimizer,
     Initialisation,
     State,
     combined_step,

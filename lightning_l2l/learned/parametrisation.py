@@ -68,7 +68,8 @@ class Parametrisation(abc.ABC):
         if not self.legal(minimum) or not self.legal(maximum) or minimum >= maximum:
             domain = "in [0, 1)" if self.legal(0.0) else "above 0"
             raise ValueError(
-                f"The bounds of {name!r} must be an increasing pair of numbers {domain}, got ({minimum!r}, {maximum!r})."
+                f"The bounds of {name!r} must be an increasing pair of numbers {domain}, "
+                f"got ({minimum!r}, {maximum!r})."
             )
         return replace(self, minimum=float(minimum), maximum=float(maximum))
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.learned.coordinatewise import (
-    CoordinatewiseOptimizer,
     CoordinateNetwork,
+    CoordinatewiseOptimizer,
     Initialisation,
     LearnedDecays,
     State,
@@ -35,8 +35,8 @@ class SmallFCOptimizer(CoordinatewiseOptimizer):
     r"""``small_fc_lopt``: 39 features, two small hidden layers, learned decays; 197 meta-parameters at width 4.
 
     For each number ``p`` with gradient ``g``: three momenta ``m`` (decays 0.9, 0.99, 0.999), a second moment ``v``
-    (0.999) and three factored second moments (0.9, 0.99, 0.999; see :func:`factored_features`), all starting at zero, without bias correction, all
-    decays learned. With ``R C`` the factored ``v**-1/2`` the features are, in order,
+    (0.999) and three factored second moments (0.9, 0.99, 0.999; see :func:`factored_features`), all starting at zero,
+    without bias correction, all decays learned. With ``R C`` the factored ``v**-1/2`` the features are, in order,
 
     ``g, p, m (3), v, m (v + 1e-6)**-1/2 (3), (v + 1e-6)**-1/2, g R C (3), row (3), column (3), row**-1/2 (3),
     column**-1/2 (3), m R C (3)``   (28, each normalised over its tensor),
@@ -151,10 +151,10 @@ def factored_features(
     """The six kinds of features from factored second moments, and the moments themselves one step on.
 
     Factored: the memory of a row and a column instead of a matrix (Adafactor, arXiv 1804.04235). For a tensor with two
-    or more dimensions, ``row`` is the moving average of the mean of ``g**2`` over the largest dimension, ``column`` over
-    the second largest; ``R = (row / mean(row))**-1/2``, ``C = column**-1/2``. The features are ``g R C``, ``row``,
-    ``column``, ``row**-1/2``, ``column**-1/2`` and ``m R C``. For vectors and scalars ``row`` and ``column`` are both the
-    moving average of ``g**2``, and ``R C`` its ``-1/2``-th power.
+    or more dimensions, ``row`` is the moving average of the mean of ``g**2`` over the largest dimension, ``column``
+    over the second largest; ``R = (row / mean(row))**-1/2``, ``C = column**-1/2``. The features are ``g R C``,
+    ``row``, ``column``, ``row**-1/2``, ``column**-1/2`` and ``m R C``. For vectors and scalars ``row`` and ``column``
+    are both the moving average of ``g**2``, and ``R C`` its ``-1/2``-th power.
 
     Args:
         gradient: ``(N,)``.
