@@ -176,7 +176,10 @@ def factored_features(
         columns.split([size for _, size in sizes], dim=-1),
         strict=True,
     )
-    found = [(_matrices if part.factored else _vectors)(part, *tensors, weights) for part, *tensors in given]
+    found = [
+        (_matrices if part.factored else _vectors)(part, own_gradient, own_momenta, row, column, weights)
+        for part, own_gradient, own_momenta, row, column in given
+    ]
     features, new_rows, new_columns = zip(*found, strict=True)
     return layout.join(features), torch.cat(new_rows, -1), torch.cat(new_columns, -1)
 

@@ -250,7 +250,7 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
     def _restored(self, saved: Mapping[str, Any], transformation: GradientTransformation) -> Chunk:
         parameters = {key: self._parameters[key].detach() for key in saved["keys"]}
         device = next(iter(parameters.values())).device
-        state = saved.get("state")
+        state: Any = saved.get("state")
         if "leaves" in saved:
             state = optree.tree_unflatten(optree.tree_structure(transformation.init(parameters)), saved["leaves"])
         state = optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state)
