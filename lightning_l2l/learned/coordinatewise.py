@@ -215,10 +215,71 @@ def scaled_normal_(weight: Tensor) -> None:
     nn.init.trunc_normal_(weight, 0.0, deviation, -2.0 * deviation, 2.0 * deviation)
 
 
-def combined_step(outputs: Tensor, exponent_multiplier: float) -> Tensor:
-    """``d * exp(exponent_multiplier * a)`` for outputs d and a, ``(2, N)``; a is unused if the multiplier is 0."""
-    direction, magnitude = outputs.unbind(0)
-    return direction if exponent_multiplier == 0 else direction * torch.exp(exponent_multiplier * magnitude)
+class FeatureOptimizer(CoordinatewiseOptimizer):
+    """A multilayer perceptron on features of each coordinate and of the time, with two outputs d and a.
+
+    ``p <- p - step_multiplier * d * exp(exponent_multiplier * a)``. A subclass says what the features are.
+
+    Args:
+        features: Features of a coordinate.
+        timescales: Of the features ``tanh(t / tau - 1)`` of the step number t.
+        layers: Hidden layers.
+        hidden_size: Units in each of them.
+        step_multiplier: Multiplies every step.
+        exponent_multiplier: Multiplies the output that scales the step; 0 switches it off.
+        initialisation: See :class:`CoordinateNetwork`.
+        normalise_output: Every step has root mean square ``step_multiplier`` in each tensor.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        timescales: Sequence[float],
+        layers: int,
+        *,
+        hidden_size: int,
+        step_multiplier: float,
+        exponent_multiplier: float,
+        initialisation: Initialisation,
+        normalise_output: bool,
+    ) -> None:
+        super().__init__(step_multiplier, normalise_output)
+        self.hidden_size, self.initialisation = hidden_size, initialisation
+        self.exponent_multiplier = float(exponent_multiplier)
+        self.timescales = constant(timescales)
+        sizes = (features + len(timescales), *[hidden_size] * layers, 2)
+        self.network = CoordinateNetwork(sizes, initialisation, sees_time=len(timescales))
+
+    def configuration(self) -> dict[str, Any]:
+        """The arguments that make such an optimizer."""
+        return {
+            "hidden_size": self.hidden_size,
+            "step_multiplier": self.step_multiplier,
+            "exponent_multiplier": self.exponent_multiplier,
+            "initialisation": self.initialisation,
+            "normalise_output": self.normalise_output,
+        }
+
+    @abc.abstractmethod
+    def features(
+        self, gradient: Tensor, parameter: Tensor, state: State, layout: Layout
+    ) -> tuple[Tensor, Tensor, State]:
+        """Normalised features ``(features, N)``, those of the time ``(T,)``, and the next averages.
+
+        Args:
+            gradient: ``(N,)``.
+            parameter: ``(N,)``.
+            state: As for :meth:`step`.
+            layout: Where the tensors lie in the N elements.
+        """
+
+    def step(self, gradient: Tensor, parameter: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
+        """See :class:`CoordinatewiseOptimizer`."""
+        features, time, averages = self.features(gradient, parameter, state, layout)
+        direction, magnitude = self.network(features, time).unbind(0)
+        if self.exponent_multiplier != 0:
+            direction = direction * torch.exp(self.exponent_multiplier * magnitude)
+        return direction, averages
 
 
 def constant(values: Sequence[float]) -> Tensor:

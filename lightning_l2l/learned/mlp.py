@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_l2l.learned.coordinatewise import (
-    CoordinateNetwork,
-    CoordinatewiseOptimizer,
+    FeatureOptimizer,
     Initialisation,
     State,
-    combined_step,
     constant,
     moving_average,
     normalised,
@@ -25,7 +21,7 @@ _DECAYS = (0.5, 0.9, 0.99, 0.999, 0.9999)
 _TIMESCALES = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 300000.0)
 
 
-class MLPOptimizer(CoordinatewiseOptimizer):
+class MLPOptimizer(FeatureOptimizer):
     r"""A multilayer perceptron as the optimizer, 31 features, 1090 meta-parameters.
 
     For each number ``p`` with gradient ``g``: moving averages ``m_k`` of ``g`` and ``v_k`` of ``g**2`` at five decays
@@ -75,40 +71,24 @@ class MLPOptimizer(CoordinatewiseOptimizer):
         initialisation: Initialisation = "reference",
         normalise_output: bool = False,
     ) -> None:
-        super().__init__(step_multiplier, normalise_output)
-        self.exponent_multiplier = float(exponent_multiplier)
-        self._arguments = {"hidden_size": hidden_size, "initialisation": initialisation}
+        super().__init__(
+            2 + 4 * len(_DECAYS), _TIMESCALES, 1, hidden_size=hidden_size, step_multiplier=step_multiplier,
+            exponent_multiplier=exponent_multiplier, initialisation=initialisation, normalise_output=normalise_output,
+        )  # fmt: skip
         self._weights = constant([1.0 - decay for decay in _DECAYS])
-        self._timescales = constant(_TIMESCALES)
-        inputs = 2 + 4 * len(_DECAYS) + len(_TIMESCALES)
-        self.network = CoordinateNetwork((inputs, hidden_size, 2), initialisation, sees_time=len(_TIMESCALES))
-
-    def configuration(self) -> dict[str, Any]:
-        """The arguments that make such an optimizer."""
-        return {
-            **self._arguments,
-            "step_multiplier": self.step_multiplier,
-            "exponent_multiplier": self.exponent_multiplier,
-            "normalise_output": self.normalise_output,
-        }
 
     def initial_state(self, layout: Layout, like: Tensor) -> State:
         """``"momenta"`` and ``"second_moments"``, shape ``(5, N)`` each."""
         shape = (len(_DECAYS), layout.size)
         return {"momenta": like.new_zeros(shape), "second_moments": like.new_zeros(shape)}
 
-    def step(self, gradient: Tensor, parameter: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
-        """See :class:`CoordinatewiseOptimizer`."""
-        features, time, averages = self.features(gradient, parameter, state, layout)
-        return combined_step(self.network(features, time), self.exponent_multiplier), averages
-
     def features(
         self, gradient: Tensor, parameter: Tensor, state: State, layout: Layout
     ) -> tuple[Tensor, Tensor, State]:
-        """The 22 normalised features ``(22, N)``, the nine of the time ``(9,)``, and the next averages."""
+        """22 normalised features, nine of the time, and the next averages."""
         momenta = moving_average(state["momenta"], gradient, self._weights)
         second_moments = moving_average(state["second_moments"], gradient.square(), self._weights)
         roots = torch.rsqrt(second_moments + 1e-6)
         raw = torch.cat([gradient[None], momenta * roots, parameter[None], momenta, second_moments, roots])
-        time = time_features(state["step"] + 1, self._timescales, gradient.dtype)
+        time = time_features(state["step"] + 1, self.timescales, gradient.dtype)
         return normalised(raw, layout), time, {"momenta": momenta, "second_moments": second_moments}

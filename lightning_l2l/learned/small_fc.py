@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_l2l.learned.coordinatewise import (
-    CoordinateNetwork,
-    CoordinatewiseOptimizer,
+    FeatureOptimizer,
     Initialisation,
     LearnedDecays,
     State,
-    combined_step,
-    constant,
     moving_average,
     normalised,
     time_features,
@@ -26,12 +22,11 @@ from lightning_l2l.learned.layout import Layout, SameShape
 _MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 _SECOND_MOMENT_DECAY = 0.999
 _FACTORED_DECAYS = (0.9, 0.99, 0.999)
-_FEATURES = 28
 # learned_optimization's embedding of the step number.
 _TIMESCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 
-class SmallFCOptimizer(CoordinatewiseOptimizer):
+class SmallFCOptimizer(FeatureOptimizer):
     r"""``small_fc_lopt``: 39 features, two small hidden layers, learned decays; 197 meta-parameters at width 4.
 
     For each number ``p`` with gradient ``g``: three momenta ``m`` (decays 0.9, 0.99, 0.999), a second moment ``v``
@@ -79,24 +74,13 @@ class SmallFCOptimizer(CoordinatewiseOptimizer):
         initialisation: Initialisation = "scaled",
         normalise_output: bool = False,
     ) -> None:
-        super().__init__(step_multiplier, normalise_output)
-        self.exponent_multiplier = float(exponent_multiplier)
-        self._arguments = {"hidden_size": hidden_size, "initialisation": initialisation}
-        self._timescales = constant(_TIMESCALES)
+        super().__init__(
+            28, _TIMESCALES, 2, hidden_size=hidden_size, step_multiplier=step_multiplier,
+            exponent_multiplier=exponent_multiplier, initialisation=initialisation, normalise_output=normalise_output,
+        )  # fmt: skip
         self.momentum_decays = LearnedDecays(_MOMENTUM_DECAYS)
         self.second_moment_decay = LearnedDecays([_SECOND_MOMENT_DECAY])
         self.factored_decays = LearnedDecays(_FACTORED_DECAYS)
-        sizes = (_FEATURES + len(_TIMESCALES), hidden_size, hidden_size, 2)
-        self.network = CoordinateNetwork(sizes, initialisation, sees_time=len(_TIMESCALES))
-
-    def configuration(self) -> dict[str, Any]:
-        """The arguments that make such an optimizer."""
-        return {
-            **self._arguments,
-            "step_multiplier": self.step_multiplier,
-            "exponent_multiplier": self.exponent_multiplier,
-            "normalise_output": self.normalise_output,
-        }
 
     def initial_state(self, layout: Layout, like: Tensor) -> State:
         """Averages: ``"momenta" (3, N)``, ``"second_moments" (1, N)``, ``"rows"`` and ``"columns"`` ``(3, ...)``."""
@@ -113,15 +97,10 @@ class SmallFCOptimizer(CoordinatewiseOptimizer):
         sizes = [_factored_sizes(part) for part in layout.parts for _ in part.names]
         return {"rows": [rows for rows, _ in sizes], "columns": [columns for _, columns in sizes]}
 
-    def step(self, gradient: Tensor, parameter: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
-        """See :class:`CoordinatewiseOptimizer`."""
-        features, time, averages = self.features(gradient, parameter, state, layout)
-        return combined_step(self.network(features, time), self.exponent_multiplier), averages
-
     def features(
         self, gradient: Tensor, parameter: Tensor, state: State, layout: Layout
     ) -> tuple[Tensor, Tensor, State]:
-        """The 28 normalised features ``(28, N)``, the eleven of the time ``(11,)``, and the next averages."""
+        """28 normalised features, eleven of the time, and the next averages."""
         momenta = moving_average(state["momenta"], gradient, self.momentum_decays.weights())
         # A decay below 0 would make a second moment negative.
         weight = self.second_moment_decay.weights(largest=1.0)
@@ -131,7 +110,7 @@ class SmallFCOptimizer(CoordinatewiseOptimizer):
             gradient, momenta, state["rows"], state["columns"], self.factored_decays.weights(largest=1.0), layout
         )
         raw = torch.cat([gradient[None], parameter[None], momenta, second_moments, momenta * root, root, factored])
-        time = time_features(state["step"], self._timescales, raw.dtype)
+        time = time_features(state["step"], self.timescales, raw.dtype)
         averages = {"momenta": momenta, "second_moments": second_moments, "rows": rows, "columns": columns}
         return normalised(raw, layout), time, averages
 

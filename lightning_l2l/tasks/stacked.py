@@ -213,11 +213,8 @@ def _without_channel(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _square_norm(tensors: Mapping[str, Tensor]) -> Tensor:
     """For each task, over all tensors."""
-    parts = [tensor.detach().reshape(tensor.shape[0], -1).square().sum(1) for tensor in tensors.values()]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    norms = [torch.linalg.vector_norm(tensor.detach().flatten(1), dim=1) for tensor in tensors.values()]
+    return torch.stack(norms).square().sum(0)
 
 
 def _masked(tensors: Mapping[str, Tensor], alive: Tensor) -> dict[str, Tensor]:
