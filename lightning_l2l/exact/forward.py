@@ -72,7 +72,7 @@ def forward(
                 _hessian_vector_product(step, gathered, gradients, tangent, keep_graph=index < last)
                 for index, tangent in enumerate(tangents)
             ]
-        update = _Update(step, gathered, gradients, meta)
+        update = _Update(step, gathered, gradients)
         iterate = update.following
         tangents = [
             update.along(tangent, curvature, direction)
@@ -127,18 +127,17 @@ class _Update:
         step: The inner training step.
         iterate: The iterate before the update.
         gradients: The gradient for each parameter, ``None`` where there is none.
-        meta: The meta-parameters by name, detached.
 
     Attributes:
         following: The next iterate, leaves without history.
     """
 
-    def __init__(self, step: InnerStep, iterate: Iterate, gradients: Gradients, meta: Mapping[str, Tensor]) -> None:
+    def __init__(self, step: InnerStep, iterate: Iterate, gradients: Gradients) -> None:
         self._leaves = [leaf.detach().requires_grad_() for leaf in iterate.leaves()]
         self._gradients = {n: g.detach().requires_grad_() for n, g in gradients.items() if g is not None}
-        self._meta = {name: tensor.detach().requires_grad_() for name, tensor in meta.items()}
+        self._meta = {name: tensor for name, tensor in step.learned.named_parameters() if tensor.requires_grad}
         given = {name: self._gradients.get(name) for name in gradients}
-        following = step.update(iterate.with_leaves(self._leaves), given, self._meta)
+        following = step.update(iterate.with_leaves(self._leaves), given)
         self._outputs = following.leaves()
         self.following = following.fresh()
         moving = [output for output in self._outputs if output.requires_grad]

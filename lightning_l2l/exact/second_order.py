@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import Tensor
+from torch.autograd import function
+from torch.autograd.function import BackwardCFunction
 
 # What torch 2.13 and its libraries say: "derivative for 'aten::_ctc_loss_backward' is not implemented", "trying to
 # differentiate twice a function that was marked with @once_differentiable", "double backward(s) is not supported".
@@ -42,7 +45,7 @@ def lacks_second_derivative(error: BaseException) -> str | None:
 
 
 def check_second_derivatives(loss: Tensor) -> None:
-    """Refuse a loss whose graph has an operation with a wrong second derivative.
+    """Refuse a loss whose graph has an operation that PyTorch differentiates twice without noticing that it cannot.
 
     Raises:
         RuntimeError: It has one.
@@ -56,6 +59,14 @@ def check_second_derivatives(loss: Tensor) -> None:
                 f"The loss uses {_WRONG[node.name()]}; or leave second derivatives out: Unroll(second_order=False), or "
                 "EvolutionStrategies()."
             )
+        if isinstance(node, BackwardCFunction) and _is_once_differentiable(node):
+            # PyTorch raises only where the gradient that comes in has a history: a missing one is no error to it.
+            raise RuntimeError(f"{node.name()} was marked with @once_differentiable.")
         following = {child for child, _ in node.next_functions if child is not None} - seen
         seen |= following
         stack.extend(following)
+
+
+def _is_once_differentiable(node: Any) -> bool:
+    backward = node._forward_cls.backward
+    return hasattr(backward, "__wrapped__") and backward.__code__.co_filename == function.__file__

@@ -9,19 +9,26 @@ import pytest
 import torch
 from anchor_problems import InfluenceBalancing, MetaTrainingRun, ToyRegression
 
-from lightning_l2l.exact.estimators import Particles
+from lightning_l2l import EvolutionStrategies, Unroll
 
 
-def influence_balancing(estimator):
+def estimator(method, objective, **options):
+    if method == "truncated":
+        return Unroll(objective=objective)
+    return EvolutionStrategies(method=method, objective=objective, **options)
+
+
+def influence_balancing(method):
     problem = InfluenceBalancing()
-    run = MetaTrainingRun(estimator, Particles(1000, 0.1, 0), unroll_steps=1, windows=None, iterations=3000)
-    run.train(problem, torch.optim.SGD(problem.parameters(), lr=1e-4), "naive")
+    how = estimator(method, "naive", particles=1000, standard_deviation=0.1)
+    run = MetaTrainingRun(how, unroll_steps=1, unrolls=None, iterations=3000)
+    run.train(problem, torch.optim.SGD(problem.parameters(), lr=1e-4))
     return problem
 
 
-@pytest.mark.parametrize("estimator", ["pes", "es_single"])
-def test_a1_unbiased_estimators_find_the_optimum_of_influence_balancing(estimator):
-    problem = influence_balancing(estimator)
+@pytest.mark.parametrize("method", ["pes", "es_single"])
+def test_a1_unbiased_estimators_find_the_optimum_of_influence_balancing(method):
+    problem = influence_balancing(method)
     assert problem.theta.item() == pytest.approx(-1 / 6, abs=1e-5)
     assert problem.final_loss() < 1e-9
 
@@ -40,26 +47,27 @@ def test_the_problems_are_those_of_the_other_implementation():
     assert ToyRegression().total_loss(torch.tensor([2.75, -1.75])) == pytest.approx(555.5, abs=0.5)
 
 
-def toy_regression(estimator, iterations):
+def toy_regression(method, iterations):
     """The mean loss over the last 200 updates: it wiggles by 10 with tiny changes of theta."""
     problem, losses = ToyRegression(), []
     run = MetaTrainingRun(
-        estimator, Particles(400, 0.3, 0), unroll_steps=10, windows=10, iterations=iterations, factor=10.0,
-        annealing=0.1 if estimator == "es_single" else 1 / 3,
+        estimator(method, "naive_mean", **({} if method == "truncated" else {"particles": 400, "standard_deviation": 0.3})),
+        unroll_steps=10, unrolls=10, iterations=iterations, factor=10.0,
+        annealing=0.1 if method == "es_single" else 1 / 3,
     )  # fmt: skip
     optimizer = torch.optim.Adam(problem.parameters(), lr=2e-2, betas=(0.99, 0.999))
-    run.train(problem, optimizer, "naive_mean", each=lambda iteration: losses.append(problem.total_loss()))
+    run.train(problem, optimizer, each=lambda iteration: losses.append(problem.total_loss()))
     return sum(losses[-200:]) / 200
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("estimator", "loss"), [("pes", 570.0), ("es_single", 566.0)])
-def test_a2_unbiased_estimators_come_close_to_the_optimum_of_toy_regression(estimator, loss):
-    assert toy_regression(estimator, 2000) < loss
+@pytest.mark.parametrize(("method", "loss"), [("pes", 570.0), ("es_single", 566.0)])
+def test_a2_unbiased_estimators_come_close_to_the_optimum_of_toy_regression(method, loss):
+    assert toy_regression(method, 2000) < loss
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["truncated", "es"])
-def test_a2_truncated_estimators_are_stuck(estimator):
+@pytest.mark.parametrize("method", ["truncated", "es"])
+def test_a2_truncated_estimators_are_stuck(method):
     # 1000 updates: they have stopped moving after 500.
-    assert toy_regression(estimator, 1000) == pytest.approx(2423, abs=2)
+    assert toy_regression(method, 1000) == pytest.approx(2423, abs=2)

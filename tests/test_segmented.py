@@ -11,9 +11,7 @@ from live_memory import LiveMemory
 from torch import nn
 from torch.func import functional_call
 
-from lightning_l2l import LearnedHyperparameters, LearnedStepSize, meta_gradient
-from lightning_l2l.exact.estimators import Particles
-from lightning_l2l.exact.estimators.segmented import segment_length
+from lightning_l2l import EvolutionStrategies, LearnedHyperparameters, LearnedStepSize, Unroll, meta_gradient
 from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic
 
@@ -34,7 +32,7 @@ class Problem:
     def loss(self, tensors, batch):
         return nn.functional.cross_entropy(functional_call(self.net, dict(tensors), (batch[0],)), batch[1])
 
-    def meta_gradient(self, estimator, objective="log", optimizer=torch.optim.SGD, particles=None, **options):
+    def meta_gradient(self, mode, objective="log", optimizer=torch.optim.SGD, **options):
         inner = inner_optimizer(optimizer, **(options or {"lr": 0.2, "momentum": 0.9}))
         torch.manual_seed(1)
         return meta_gradient(
@@ -44,9 +42,7 @@ class Problem:
             self.batches,
             self.meta_batch,
             buffers=dict(self.net.named_buffers()),
-            objective=objective,
-            estimator=estimator,
-            particles=particles,
+            estimator=EvolutionStrategies(particles=2) if mode == "es" else Unroll(objective=objective, mode=mode),
         )
 
 
@@ -84,7 +80,7 @@ def test_is_exact_where_plain_back_propagation_leaves_the_number_range():
     step_size = 8.0 * float(task.optimal_step_size(10))
     learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=step_size))
     result = meta_gradient(
-        task, task.initial_parameters(), learned, [None] * 300, None, estimator="segmented", objective="log"
+        task, task.initial_parameters(), learned, [None] * 300, None, estimator=Unroll(mode="segmented")
     )
     # The learned number is the logarithm of the step size.
     expected = step_size * float(task.meta_gradient(step_size, steps=300))
@@ -109,9 +105,9 @@ def test_replays_the_generators_of_python_and_numpy():
 
     problem.loss = noisy
     found = []
-    for estimator in ("reverse", "segmented"):
+    for mode in ("reverse", "segmented"):
         random.seed(0), np.random.seed(0)
-        found.append(problem.meta_gradient(estimator).gradients)
+        found.append(problem.meta_gradient(mode).gradients)
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
@@ -124,8 +120,8 @@ def test_replays_buffers_that_the_loss_reads_and_writes():
     params = {"w": torch.tensor([0.5, 2.0], dtype=torch.float64)}
     buffers = {"average": torch.zeros(2, dtype=torch.float64)}
     found = [
-        meta_gradient(loss, params, learned, [None] * 10, None, buffers=buffers, estimator=estimator)
-        for estimator in ("reverse", "segmented")
+        meta_gradient(loss, params, learned, [None] * 10, None, buffers=buffers, estimator=Unroll(mode=mode))
+        for mode in ("reverse", "segmented")
     ]
     torch.testing.assert_close(found[1].gradients, found[0].gradients, rtol=1e-12, atol=0)
     assert torch.equal(buffers["average"], torch.zeros(2, dtype=torch.float64))
@@ -139,24 +135,20 @@ def test_refuses_a_loss_that_cannot_be_replayed():
         problem.meta_gradient("segmented")
 
 
-def test_segments_are_square_roots():
-    assert [segment_length(steps) for steps in (1, 2, 4, 5, 9, 10, 100, 101)] == [1, 2, 2, 3, 3, 4, 10, 11]
-
-
-def peak(estimator, steps):
+def peak(mode, steps):
     problem = Problem(1, torch.float32)
     problem.batches = problem.batches * steps
     torch.manual_seed(1)
     with LiveMemory() as memory:
-        problem.meta_gradient(estimator, particles=Particles(count=2))
+        problem.meta_gradient(mode)
     return memory.peak
 
 
 @pytest.mark.parametrize(
-    ("estimator", "smallest", "largest"),
+    ("mode", "smallest", "largest"),
     # Four times the steps. segmented also stores the generators (20 kB each time), which is why it is not below 2.
     [("reverse", 3.0, 4.2), ("segmented", 1.5, 2.3), ("forward", 0.9, 1.1), ("es", 0.9, 1.1)],
 )
-def test_memory_grows_as_promised(estimator, smallest, largest):
-    peak(estimator, 2)  # one-off allocations
-    assert smallest < peak(estimator, 64) / peak(estimator, 16) < largest
+def test_memory_grows_as_promised(mode, smallest, largest):
+    peak(mode, 2)  # one-off allocations
+    assert smallest < peak(mode, 64) / peak(mode, 16) < largest
