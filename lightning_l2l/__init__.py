@@ -11,8 +11,8 @@ from lightning_l2l.learned import (
     LSTMOptimizer,
     MLPOptimizer,
     SmallFCOptimizer,
-    TinyOptimizer,
 )
+from lightning_l2l.meta_training import MetaTraining
 
 __all__ = [
     "Diagnostics",
@@ -23,8 +23,8 @@ __all__ = [
     "LearnedStepSize",
     "MLPOptimizer",
     "MetaGradient",
+    "MetaTraining",
     "SmallFCOptimizer",
-    "TinyOptimizer",
     "Unroll",
     "__version__",
     "meta_gradient",
