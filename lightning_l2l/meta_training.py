@@ -9,62 +9,54 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_l2l.exact.estimators import Particles
-from lightning_l2l.exact.objectives import Objective, check_objective
-from lightning_l2l.exact.windows import Name, WindowEstimator
-from lightning_l2l.host.ranks import from_all_ranks
-from lightning_l2l.learned.base import LearnedOptimizer
-from lightning_l2l.learned.tf1_rmsprop import TF1RMSProp
+from lightning_l2l.exact.estimators import EvolutionStrategies, Unroll
+from lightning_l2l.learned import LearnedOptimizer, TF1RMSProp
 from lightning_l2l.tasks.family import TaskFamily, as_family
 from lightning_l2l.tasks.length import Length, as_length
-from lightning_l2l.tasks.population import Judgement, Population
+from lightning_l2l.tasks.population import MetaLoss, Population
 from lightning_l2l.tasks.stacked import BatchedTasks
 from lightning_l2l.tasks.task import Task
 
 MetaOptimizerName = Literal["adam", "sgd", "rmsprop_tf1"]
-# Longer full unrolls are differentiated in segments: about the square root of the memory, a third more time.
-_LONGEST_REVERSE = 64
 _CHECKPOINT_KEY = "lightning_l2l"
 
 
 class MetaTraining(pl.LightningModule):
     """Trains a learned optimizer over a distribution of tasks: ``L.Trainer(max_steps=1000).fit(MetaTraining(...))``.
 
-    One training step of the Trainer is one meta-gradient: a window of the inner training of ``tasks_at_once`` tasks
-    side by
-    side. Clipping, accumulation, precision, checkpoints, loggers and DDP (other tasks on each process) are the
-    Trainer's.
-    An interrupted meta-training that is resumed from a checkpoint goes on as if it had not been interrupted.
+    One training step of the Trainer is one meta-gradient: an unroll of the inner training of ``tasks_at_once`` tasks
+    side by side. Clipping, accumulation, precision, checkpoints, loggers and DDP (other tasks on each process) are the
+    Trainer's. An interrupted meta-training that is resumed from a checkpoint goes on as if it had not been interrupted.
 
-    Inner trainings that diverge are frozen before anything leaves the number range, judged by a fixed bad loss, counted
-    (``l2l/diverged``), and begin anew at the next window, or with the rest of their population where they share a step
-    count with it (learned hyperparameters) or a perturbation (``pes``, ``es_single``). A meta-gradient that is not
-    usable
-    all the same counts as zero (``l2l/unusable``).
+    Inner trainings that diverge are frozen before anything leaves the number range, count with a fixed bad loss
+    (``l2l/diverged`` says how many), and begin anew at the next unroll, or with the rest of their population where they
+    share a step count with it (learned hyperparameters) or a perturbation (``pes``, ``es_single``). A meta-gradient
+    that is not usable all the same counts as zero (``l2l/unusable``).
 
     Args:
         learned: The learned optimizer. Trained in place; :meth:`LearnedOptimizer.save` it afterwards.
-        tasks: A task, several of the same parameter shapes, or a family to draw from.
-        unroll_steps: Inner steps that a meta-gradient looks at; a number, or a random or growing :class:`Length`.
+        tasks: A task, several of the same parameter shapes, or a family to draw from (a
+            :class:`~lightning_l2l.tasks.family.Mixture` of families for several architectures).
+        unroll_steps: Inner steps of a meta-gradient; a number, or a random or growing :class:`Length`.
         episode_steps: Inner steps of a whole inner training, which is cut into unrolls, carrying the inner state.
-            ``None``: every meta-gradient looks at a training from its start.
+            ``None``: every unroll is a training from its start.
         tasks_at_once: Tasks side by side on each process.
         populations: Groups of ``tasks_at_once`` tasks that are at different steps of their training (staggered), taking
             turns. Only with ``episode_steps``.
-        objective: The meta-objective; see :mod:`lightning_l2l.exact.objectives`. Over tasks it is the mean.
+        estimator: How the meta-gradient is computed, and of which meta-objective: over tasks that is the mean.
+            ``Unroll()`` by default, truncated where ``episode_steps`` is given;
+            ``EvolutionStrategies(method="es_single")`` is free of that bias, and affordable for a few hundred
+            meta-parameters. Its ``steps`` are ``None``: ``unroll_steps`` says how many.
         meta_data: ``"val"``: train-by-validation; ``"train"``: train-by-train, on fresh training batches.
         meta_batch: ``"sample"``: one batch of each task for each unroll; ``"full"``: all of the split.
-        estimator: ``"auto"``: ``reverse``, or ``segmented`` above 64 steps, of a whole training; of windows
-            ``es_single`` for a few meta-parameters, else ``truncated``.
-        second_order: ``False`` leaves out the derivative of the inner gradients, as the paper's code does.
         iterates: ``"before"``: the paper's code's mean over ``w_0 ... w_(K-1)``; needs ``objective="naive_mean"``.
         meta_optimizer: ``"adam"``, ``"sgd"``, or the paper's code's ``"rmsprop_tf1"``.
         meta_learning_rate: Its learning rate.
         warm_down: The learning rate falls to zero over the Trainer's ``max_steps``, as half a cosine.
-        particles: For the estimators with particles.
         divergence: A task has diverged once its loss is above its start's by this many times the start's.
         seed: Of tasks, starts and batches.
         updates_per_epoch: Meta-gradients in one "epoch" of the Trainer.
@@ -78,7 +70,8 @@ class MetaTraining(pl.LightningModule):
         >>> from lightning_l2l.functional import inner_optimizer
         >>> from lightning_l2l.tasks import Quadratic
         >>> learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=0.01))
-        >>> meta_training = MetaTraining(learned, Quadratic.random(2, seed=0), unroll_steps=5, tasks_at_once=2)
+        >>> task = Quadratic(torch.eye(2), torch.ones(2))
+        >>> meta_training = MetaTraining(learned, task, unroll_steps=5, tasks_at_once=2)
         >>> meta_training.training_step(0).shape
         torch.Size([])
     """
@@ -92,16 +85,13 @@ class MetaTraining(pl.LightningModule):
         episode_steps: int | Length | None = None,
         tasks_at_once: int = 8,
         populations: int = 1,
-        objective: Objective = "log",
+        estimator: Unroll | EvolutionStrategies | None = None,
         meta_data: Literal["train", "val"] = "val",
         meta_batch: Literal["sample", "full"] = "sample",
-        estimator: Name = "auto",
-        second_order: bool = True,
         iterates: Literal["after", "before"] = "after",
         meta_optimizer: MetaOptimizerName = "adam",
         meta_learning_rate: float = 1e-3,
         warm_down: bool = False,
-        particles: Particles | None = None,
         divergence: float = 10.0,
         seed: int = 0,
         updates_per_epoch: int = 100,
@@ -114,17 +104,22 @@ class MetaTraining(pl.LightningModule):
                 f"{type(learned).__name__} has no meta-parameters to train. Learned step sizes and hyperparameters get "
                 "theirs from attach(inner_optimizer(torch.optim.Adam, lr=1e-3))."
             )
-        check_objective(objective)
+        estimator = Unroll() if estimator is None else estimator
+        if estimator.steps is not None:
+            raise ValueError(
+                f"The estimator has steps={estimator.steps}, but here the length of an unroll may change: leave it "
+                "out, and set unroll_steps."
+            )
         for name, value in (("tasks_at_once", tasks_at_once), ("populations", populations)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
         if populations > 1 and episode_steps is None:
             raise ValueError(
                 "populations are groups of tasks at different steps of their training; with episode_steps=None each "
-                "meta-gradient looks at a whole training. Set episode_steps, or raise tasks_at_once instead."
+                "unroll is a whole training. Set episode_steps, or raise tasks_at_once instead."
             )
-        if iterates == "before" and objective != "naive_mean":
-            raise ValueError("iterates='before' shifts a mean over the steps: use objective='naive_mean' with it.")
+        if iterates == "before" and estimator.objective != "naive_mean":
+            raise ValueError("iterates='before' shifts a mean over the steps: it needs Unroll(objective='naive_mean').")
         if meta_optimizer not in get_args(MetaOptimizerName):
             raise ValueError(f"meta_optimizer={meta_optimizer!r} must be one of {list(get_args(MetaOptimizerName))}.")
         if not divergence > 0:
@@ -138,10 +133,8 @@ class MetaTraining(pl.LightningModule):
         self.tasks_at_once, self.seed, self.divergence = tasks_at_once, seed, float(divergence)
         self.meta_optimizer, self.meta_learning_rate, self.warm_down = meta_optimizer, meta_learning_rate, warm_down
         self.updates_per_epoch = updates_per_epoch
-        if estimator == "auto" and self.episode_length is None:
-            estimator = "reverse" if self.unroll_length.longest <= _LONGEST_REVERSE else "segmented"
-        windows = WindowEstimator(estimator, particles or Particles(), second_order=second_order)
-        self._judgement = Judgement(objective, meta_data, meta_batch, iterates, windows)
+        self.estimator = estimator
+        self.meta_loss = MetaLoss(meta_data, meta_batch == "full", iterates)
         # In a tuple, so that the learned optimizer is registered once.
         self._batched = (BatchedTasks(learned),)
         self._populations: list[Population | None] = [None] * populations
@@ -164,9 +157,8 @@ class MetaTraining(pl.LightningModule):
         population = self._ready(which, generator)
         steps = self.unroll_length.draw(generator, self.meta_gradients) if self.episode_length else population.length
         with torch.enable_grad():
-            result, after = population.window(self._batched[0], steps, self._judgement, generator, self.device)
-        frozen = int(after.diverged.sum() - population.diverged.sum())
-        self.diverged += frozen
+            result, after = population.unroll(self._batched[0], steps, self.meta_loss, generator, self.device)
+        self.diverged += int(after.diverged.sum() - population.diverged.sum())
         self.meta_gradients += 1
         self.unusable += not result.usable
         self._populations[which] = None if after.finished or not result.usable else after
@@ -194,18 +186,18 @@ class MetaTraining(pl.LightningModule):
         self.learned.project_()
 
     def on_train_end(self) -> None:
-        """Writes down how long the inner trainings were, for the warning of those who use it beyond."""
+        """Notes in the learned optimizer how long the inner trainings were, for a warning where it is used beyond."""
         self.learned.horizon = (self.episode_length or self.unroll_length).longest
         self.learned.tasks = self.learned.tasks or type(self.family).__name__
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds where the inner trainings of all processes stand, and the counters."""
+        """Adds the inner trainings of all processes, and the counters."""
         states = [None if population is None else population.state_dict() for population in self._populations]
         own = {"populations": states, "diverged": self.diverged, "unusable": self.unusable}
-        checkpoint[_CHECKPOINT_KEY] = {"meta_gradients": self.meta_gradients, "ranks": from_all_ranks(own)}
+        checkpoint[_CHECKPOINT_KEY] = {"meta_gradients": self.meta_gradients, "ranks": _from_all_ranks(own)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on where the inner trainings stood.
+        """Goes on with the inner trainings that were saved.
 
         Raises:
             ValueError: The checkpoint has another number of processes or populations.
@@ -213,22 +205,28 @@ class MetaTraining(pl.LightningModule):
         saved = checkpoint.get(_CHECKPOINT_KEY)
         if saved is None:
             return
-        ranks, world = saved["ranks"], self.trainer.world_size if self._trainer is not None else 1
+        ranks, world = saved["ranks"], _world_size()
         if len(ranks) != world or len(ranks[0]["populations"]) != len(self._populations):
             raise ValueError(
                 f"The checkpoint holds {len(ranks[0]['populations'])} population(s) on each of {len(ranks)} "
-                "process(es), "
-                f"now there are {len(self._populations)} on {world}. Resume with the same settings, or load only the "
-                "meta-parameters."
+                f"process(es), now there are {len(self._populations)} on {world}. Resume with the same settings, or "
+                "load only the meta-parameters."
             )
         own = ranks[self.global_rank]
         self.meta_gradients, self.diverged, self.unusable = saved["meta_gradients"], own["diverged"], own["unusable"]
         self._populations = [
-            None if state is None else Population.from_state_dict(
-                state, self.family, self._batched[0], self.divergence, self.device
+            None
+            if state is None
+            else Population.from_state_dict(
+                state,
+                self.family,
+                self._batched[0],
+                self.estimator,
+                divergence=self.divergence,
+                device=self.device,
             )
             for state in own["populations"]
-        ]  # fmt: skip
+        ]
 
     def _ready(self, which: int, generator: torch.Generator) -> Population:
         """The population whose turn it is, with fresh tasks where it needs them."""
@@ -241,7 +239,14 @@ class MetaTraining(pl.LightningModule):
                 # staggered.
                 length = max(1, math.ceil(length * (which + 1) / len(self._populations)))
             return Population.begin(
-                self.family, batched, self.tasks_at_once, length, self._judgement, generator, device, self.divergence
+                self.family,
+                batched,
+                self.estimator,
+                tasks=self.tasks_at_once,
+                length=length,
+                divergence=self.divergence,
+                generator=generator,
+                device=device,
             )
         if bool(population.diverged.any()) and population.restartable:
             return population.restarted(self.family, batched, generator, device)
@@ -261,7 +266,9 @@ class MetaTraining(pl.LightningModule):
         return shown + slope - slope.detach()
 
     def _log(self, value: float, gradients: dict[str, Tensor], steps: int) -> None:
-        if self._trainer is None:
+        try:
+            _ = self.trainer
+        except RuntimeError:  # none: training_step() is then a function that gives meta-gradients
             return
         norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
         values = {"meta_objective": value, "meta_gradient_norm": norm, "unroll_steps": steps}
@@ -277,3 +284,16 @@ class _Stream(IterableDataset[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.count))
+
+
+def _world_size() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+def _from_all_ranks(value: Any) -> list[Any]:
+    """The value of every process, in the order of their ranks; all of them have to call this at the same point."""
+    found: list[Any] = [value] * _world_size()
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found

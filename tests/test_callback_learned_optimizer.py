@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn, TaskModule, TinyOptimizer
+from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn, TaskModule
 from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_l2l import LearnedStepSize, meta_gradient
+from lightning_l2l import LearnedStepSize, Unroll, meta_gradient
 from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic
 
 TRUTH = dict(np.load(Path(__file__).parent / "data" / "quadratic_truth.npz"))
 NAMES = ["A_seed0", "A_seed1", "A_seed2", "B_d_by_2d_seed0", "C_kappa2"]
-ESTIMATORS = ("forward", "reverse")
+MODES = ("forward", "reverse")
 
 # Rounding of float64 over 200 steps, amplified next to the zero of the gradient (cf. the closed form: 5.6e-12).
 TOLERANCE_64 = 1e-10
@@ -30,11 +30,16 @@ def quadratic(name, dtype):
     return Quadratic(hessian.to(dtype), point.to(dtype))
 
 
-def engine(task, step_size, steps, estimator, objective="log", momentum=0.0):
+def engine(task, step_size, steps, mode, objective="log", momentum=0.0):
     learned = LearnedStepSize(minimum=1e-12, maximum=1e8)
     learned.attach(inner_optimizer(torch.optim.SGD, lr=step_size, momentum=momentum))
     return meta_gradient(
-        task, task.initial_parameters(), learned, [None] * steps, None, objective=objective, estimator=estimator
+        task,
+        task.initial_parameters(),
+        learned,
+        [None] * steps,
+        None,
+        estimator=Unroll(objective=objective, mode=mode),
     )
 
 
@@ -46,12 +51,12 @@ def cells(table, steps, every):
     return [(NAMES[TRUTH[f"{table}.instance"][row]], row) for row in rows]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("steps", "every"), [(10, 4), (80, 15)])
-def test_float64_engine_agrees_with_50_digits(estimator, steps, every):
+def test_float64_engine_agrees_with_50_digits(mode, steps, every):
     for name, row in cells("truth", steps, every):
         step_size = float(TRUTH["truth.step_size"][row])
-        result = engine(quadratic(name, torch.float64), step_size, steps, estimator)
+        result = engine(quadratic(name, torch.float64), step_size, steps, mode)
         assert result.usable
         expected = float(TRUTH["truth.log_gradient"][row])
         # the meta-parameter is log(step size)
@@ -59,17 +64,17 @@ def test_float64_engine_agrees_with_50_digits(estimator, steps, every):
         assert result.value * steps == pytest.approx(float(TRUTH["truth.log_loss"][row]), rel=1e-12)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_float32_engine_agrees_with_50_digits(estimator):
+@pytest.mark.parametrize("mode", MODES)
+def test_float32_engine_agrees_with_50_digits(mode):
     for name, row in cells("truth32", 80, 12):
         step_size = float(TRUTH["truth32.step_size"][row])
-        result = engine(quadratic(name, torch.float32), step_size, 80, estimator)
+        result = engine(quadratic(name, torch.float32), step_size, 80, mode)
         assert result.usable
         expected = float(TRUTH["truth32.log_gradient"][row])
         assert result.gradients["learning_rate"].item() / step_size == pytest.approx(expected, rel=TOLERANCE_32)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("name", "step_size", "steps"),
     [
@@ -78,7 +83,7 @@ def test_float32_engine_agrees_with_50_digits(estimator):
         ("C_kappa2", None, 300),  # at the best step size the loss underflows from step 46 on
     ],
 )
-def test_float32_engine_is_right_where_plain_back_propagation_is_dead(estimator, name, step_size, steps):
+def test_float32_engine_is_right_where_plain_back_propagation_is_dead(mode, name, step_size, steps):
     task = quadratic(name, torch.float32)
     if step_size is None:
         step_size = 0.9 * float(task.optimal_step_size(steps))
@@ -90,7 +95,7 @@ def test_float32_engine_is_right_where_plain_back_propagation_is_dead(estimator,
     loss = (0.5 * point @ hessian @ point).log() / steps
     (dead,) = torch.autograd.grad(loss, rate)
     assert not (dead.isfinite() and dead != 0)
-    result = engine(task, step_size, steps, estimator)
+    result = engine(task, step_size, steps, mode)
     exact = quadratic(name, torch.float64)
     expected = exact.meta_gradient(step_size, steps)
     assert result.usable
@@ -99,41 +104,41 @@ def test_float32_engine_is_right_where_plain_back_propagation_is_dead(estimator,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_thousand_steps_agree_with_50_digits(estimator):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_thousand_steps_agree_with_50_digits(mode):
     for name, row in cells("truth", 1000, 40):
         step_size = float(TRUTH["truth.step_size"][row])
-        result = engine(quadratic(name, torch.float64), step_size, 1000, estimator)
+        result = engine(quadratic(name, torch.float64), step_size, 1000, mode)
         expected = float(TRUTH["truth.log_gradient"][row])
         assert result.gradients["learning_rate"].item() / step_size == pytest.approx(expected, rel=TOLERANCE_64)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("objective", ["log", "naive", "log_mean", "naive_mean"])
-def test_every_objective_agrees_with_the_closed_form(estimator, objective):
+def test_every_objective_agrees_with_the_closed_form(mode, objective):
     task = Quadratic.random(6, seed=3)
     for step_size in (0.3 * float(task.stability_limit), 1.2 * float(task.stability_limit)):
-        result = engine(task, step_size, 12, estimator, objective)
+        result = engine(task, step_size, 12, mode, objective)
         expected = float(task.meta_gradient(step_size, 12, objective))
         assert result.gradients["learning_rate"].item() / step_size == pytest.approx(expected, rel=1e-11)
         assert result.value == pytest.approx(float(task.meta_objective(step_size, 12, objective)), rel=1e-11)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_naive_gradient_outside_float64_is_reported_as_overflow(estimator):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_naive_gradient_outside_float64_is_reported_as_overflow(mode):
     task = quadratic("A_seed0", torch.float64)
-    result = engine(task, 10.0, 400, estimator, "naive")
+    result = engine(task, 10.0, 400, mode, "naive")
     assert result.diagnostics.overflow
     assert not result.usable
     assert bool(result.gradients["learning_rate"].isnan())
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_momentum_is_rescaled_with_the_point(estimator):
+@pytest.mark.parametrize("mode", MODES)
+def test_momentum_is_rescaled_with_the_point(mode):
     # Heavy ball on a quadratic is linear in (point, momentum); 300 steps past the stability limit overflow float32.
     task32, task64 = (Quadratic.random(5, seed=1, dtype=dtype) for dtype in (torch.float32, torch.float64))
     step_size = 4.0 * float(task64.stability_limit)
-    found = engine(task32, step_size, 300, estimator, momentum=0.5)
+    found = engine(task32, step_size, 300, mode, momentum=0.5)
     expected = engine(task64, step_size, 300, "forward", momentum=0.5)
     assert found.usable
     torch.testing.assert_close(
@@ -152,15 +157,15 @@ def test_an_optimizer_that_is_not_linear_is_not_rescaled():
     assert result.value == reference.value
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_first_order_gradient_is_that_of_the_published_code(estimator):
+@pytest.mark.parametrize("mode", MODES)
+def test_first_order_gradient_is_that_of_the_published_code(mode):
     # Inner gradients held constant. The published code stops at w_{t-1}, hence one step less, and has no factor 1/t.
     for name, row in cells("truth", 10, 8):
         step_size = float(TRUTH["truth.step_size"][row])
         learned = LearnedStepSize(minimum=1e-12, maximum=1e8).attach(inner_optimizer(torch.optim.SGD, lr=step_size))
         task = quadratic(name, torch.float64)
         result = meta_gradient(
-            task, task.initial_parameters(), learned, [None] * 9, None, estimator=estimator, second_order=False
+            task, task.initial_parameters(), learned, [None] * 9, None, estimator=Unroll(mode=mode, second_order=False)
         )
         expected = float(TRUTH["truth.first_order_sign"][row]) * np.exp(float(TRUTH["truth.first_order_log"][row]))
         found = result.gradients["learning_rate"].item() / step_size * 9

@@ -13,7 +13,6 @@ import torchopt
 from torch import nn
 
 from lightning_l2l.functional import InnerOptimizer, mirror, read_state
-from lightning_l2l.functional import buckets as buckets_module
 
 OPTIM = torch.optim
 
@@ -50,8 +49,13 @@ CASES = {
     "adagrad-decay": (OPTIM.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1}),
     "adagrad-start": (OPTIM.Adagrad, {"lr": 0.1, "initial_accumulator_value": 0.1, "maximize": True}),
 }
-# In issue 2's words: 1e-6 in float32, 1e-12 in float64. Reached: see test_parity's comment.
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def tolerance(case: str, dtype: torch.dtype) -> float:
+    """Relative, over twenty steps. NAdam's product of momenta is itself rounded to float32 by torch."""
+    if dtype == torch.float64:
+        return 2e-15 if case.startswith("nadam") else 1e-15
+    return 6e-7 if case.startswith("nadam") else 4e-7
 
 
 class Net(nn.Module):
@@ -116,7 +120,6 @@ def largest_difference(net, optimizer, transformation, state, data) -> float:
     return worst
 
 
-# Reached over all cases (torch 2.13, CPU): 1.8e-7 in float32 (NAdam 5.4e-7) and 9e-16 in float64.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CASES)
 def test_parity_with_torch_over_twenty_steps_from_a_live_state(case, dtype):
@@ -127,7 +130,7 @@ def test_parity_with_torch_over_twenty_steps_from_a_live_state(case, dtype):
     train(net, optimizer, data[:10])
     inner = mirror(optimizer, net.named_parameters())
     state = read_state(optimizer, net.named_parameters())
-    assert largest_difference(net, optimizer, inner.transformation(), state, data[10:]) <= TOLERANCE[dtype]
+    assert largest_difference(net, optimizer, inner.transformation(), state, data[10:]) <= tolerance(case, dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -137,7 +140,7 @@ def test_parity_from_a_fresh_start(case):
     optimizer = grouped(net, cls, settings)
     transformation = mirror(optimizer, net.named_parameters()).transformation()
     state = transformation.init(dict(net.named_parameters()))
-    assert largest_difference(net, optimizer, transformation, state, batches(20)) <= 1e-12
+    assert largest_difference(net, optimizer, transformation, state, batches(20)) <= tolerance(case, torch.float64)
 
 
 def tensor_values(inner: InnerOptimizer, per_tensor: bool, skip: tuple = ()) -> list[dict]:
@@ -167,7 +170,7 @@ def test_parity_when_every_hyperparameter_is_a_tensor(case, per_tensor):
     state = read_state(optimizer, net.named_parameters())
     difference = largest_difference(net, optimizer, transformation, state, data[10:])
     # The tensors are float64 throughout, the parameters must stay float32.
-    assert difference <= TOLERANCE[torch.float32]
+    assert difference <= tolerance(case, torch.float32)
     updates, state = transformation.update(
         gradients(net, dict(net.named_parameters()), data[0]), state, params=dict(net.named_parameters())
     )
@@ -295,29 +298,3 @@ def test_nothing_is_modified_in_place_even_if_asked(case):
     before = copy.deepcopy((parameters, state, given))
     transformation.update(given, state, params=parameters, inplace=True)
     assert str(before) == str((parameters, state, given))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_concatenation_equals_the_loop_over_tensors(case, monkeypatch):
-    cls, settings = CASES[case]
-    net = Net()
-    optimizer = grouped(net, cls, settings)
-    train(net, optimizer, batches(4))
-    inner = mirror(optimizer, net.named_parameters())
-    state = read_state(optimizer, net.named_parameters())
-    parameters = dict(net.named_parameters())
-    given = gradients(net, parameters, batches(1)[0])
-    results = []
-    for largest in (-1, 10**6):
-        monkeypatch.setattr(buckets_module, "LARGEST_CONCATENATED", largest)
-        for values in (None, tensor_values(inner, False), tensor_values(inner, True)):
-            results.append(inner.transformation(values).update(given, state, params=parameters))
-    for looped, joined in zip(results[:3], results[3:], strict=True):
-        for name, update in looped[0].items():
-            # Vectorised and scalar code of the same operation may differ in the last bit.
-            torch.testing.assert_close(joined[0][name], update, rtol=4e-16, atol=1e-17)
-            for key, value in looped[1][name].items():
-                alone, joint = torch.as_tensor(value).double(), torch.as_tensor(joined[1][name][key]).double()
-                # NAdam's product of learned momenta is one number alone and one for each element jointly.
-                alone = alone.expand(joint.shape) if key == "mu_product" else alone
-                torch.testing.assert_close(joint, alone, rtol=4e-16, atol=1e-17)

@@ -87,16 +87,6 @@ def test_dtypes_and_large_tensors_may_be_mixed():
         assert (updates[name] == -0.5).all()
 
 
-def test_many_tensors_are_updated_in_portions_with_the_same_result():
-    parameters = {str(i): torch.full((10_000,), float(i)) for i in range(60)}
-    transformation = inner_optimizer(torch.optim.Adam, lr=0.1).transformation()
-    updates, state = transformation.update(parameters, transformation.init(parameters), params=parameters)
-    for name in parameters:
-        alone, own = transformation.update({name: parameters[name]}, {}, params={name: parameters[name]})
-        assert torch.equal(alone[name], updates[name])
-        assert torch.equal(own[name]["exp_avg_sq"], state[name]["exp_avg_sq"])
-
-
 def test_scale_equivariance_is_true_where_claimed():
     for settings in ({}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.5, "maximize": True}):
         inner = inner_optimizer(torch.optim.SGD, lr=0.1, weight_decay=0.1, **settings)

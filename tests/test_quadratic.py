@@ -1,4 +1,4 @@
-"""The quadratic against numbers with 50 digits, against back-propagation, and against itself."""
+"""The quadratic against numbers with 50 digits, against back-propagation, and against its own definition."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_l2l import LearnedStepSize, meta_gradient
+from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic, Task
-from lightning_l2l.tasks._quadratic_objectives import Iterates, Objective
 
 DATA = Path(__file__).parent / "data"
 NAMES = ["A_seed0", "A_seed1", "A_seed2", "B_d_by_2d_seed0", "C_kappa2"]
-OBJECTIVES = ["log", "naive", "naive_mean", "log_mean", "log_of_mean"]
+OBJECTIVES = ["log", "naive", "log_mean", "naive_mean"]
 TRUTH = dict(np.load(DATA / "quadratic_truth.npz"))
 
 
@@ -26,6 +27,11 @@ TRUTH = dict(np.load(DATA / "quadratic_truth.npz"))
 def instance(name: str, dtype: torch.dtype = torch.float64) -> Quadratic:
     hessian, point = (torch.from_numpy(TRUTH[f"{name}.{part}"]) for part in ("hessian", "initial_point"))
     return Quadratic(hessian.to(dtype), point.to(dtype))
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (DATA / name).open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def truth_cells(table: str):
@@ -37,41 +43,32 @@ def truth_cells(table: str):
                 yield name, int(steps), rows
 
 
-def relative_error(found: torch.Tensor, expected: np.ndarray) -> np.ndarray:
-    return np.abs(found.double().numpy() - expected) / np.abs(expected)
+def spectrum(task: Quadratic) -> tuple[torch.Tensor, torch.Tensor]:
+    eigenvalues, vectors = torch.linalg.eigh(task.hessian)
+    return eigenvalues, vectors.T @ task.initial_point
 
 
-@pytest.mark.parametrize(
-    ("method", "longest"),
-    [("spectral", 10_000), ("recursion", 200), pytest.param("recursion", 10_000, marks=pytest.mark.slow)],
-)
-def test_float64_gradient_is_exact_on_every_truth_row(method, longest):
-    # 1e-10: one rounding of step_size * curvature, raised to a power of up to 2e4; measured 9e-13 and 4e-13.
-    errors, objective_errors, rows_seen = [], [], 0
+def test_the_float64_gradient_is_exact_on_every_truth_row():
+    # 1e-10: one rounding of step_size * curvature, raised to a power of up to 2e4.
+    seen = 0
     for name, steps, rows in truth_cells("truth"):
-        if steps > longest:
-            continue
         step_size = torch.from_numpy(TRUTH["truth.step_size"][rows])
-        gradient = instance(name).meta_gradient(step_size, steps, method=method)
-        assert torch.isfinite(gradient).all()
-        errors.append(relative_error(gradient, TRUTH["truth.log_gradient"][rows]))
-        log_loss = instance(name).meta_objective(step_size, steps, method=method) * steps
-        expected = TRUTH["truth.log_loss"][rows]
-        objective_errors.append(np.abs(log_loss.numpy() - expected) / np.maximum(np.abs(expected), 1))
-        rows_seen += len(step_size)
-    assert rows_seen == (1200 if longest == 10_000 else 600)
-    assert np.concatenate(errors).max() <= 1e-10
-    assert np.concatenate(objective_errors).max() <= 1e-10
+        gradient = instance(name).meta_gradient(step_size, steps).numpy()
+        np.testing.assert_allclose(gradient, TRUTH["truth.log_gradient"][rows], rtol=1e-10)
+        log_loss = (instance(name).meta_objective(step_size, steps) * steps).numpy()
+        np.testing.assert_allclose(log_loss, TRUTH["truth.log_loss"][rows], rtol=1e-10, atol=1e-10)
+        seen += len(step_size)
+    assert seen == 1200
 
 
-def test_naive_gradient_has_the_true_sign_and_size_where_no_float_can_hold_it():
+def test_the_naive_gradient_has_the_true_sign_and_size_where_no_float_can_hold_it():
     outside = 0
     for name, steps, rows in truth_cells("truth"):
         step_size = torch.from_numpy(TRUTH["truth.step_size"][rows])
         sign, log_magnitude = instance(name).signed_log_meta_gradient(step_size, steps, "naive")
         expected = TRUTH["truth.naive_log"][rows]
         assert (sign.numpy() == TRUTH["truth.naive_sign"][rows]).all()
-        assert (np.abs(log_magnitude.numpy() - expected) <= 1e-10 * np.maximum(np.abs(expected), 1)).all()
+        np.testing.assert_allclose(log_magnitude.numpy(), expected, rtol=1e-10, atol=1e-10)
         plain = instance(name).meta_gradient(step_size, steps, "naive").numpy()
         largest, smallest = math.log(np.finfo(float).max), math.log(5e-324)
         assert not np.isnan(plain).any()
@@ -82,274 +79,114 @@ def test_naive_gradient_has_the_true_sign_and_size_where_no_float_can_hold_it():
     assert outside > 100  # the test is about these
 
 
-@pytest.mark.parametrize(
-    ("method", "longest"),
-    [("spectral", 10_000), ("recursion", 80), pytest.param("recursion", 10_000, marks=pytest.mark.slow)],
-)
-def test_float32_gradient_is_as_exact_as_float32_allows(method, longest):
-    errors = []
+def test_the_float32_gradient_has_no_error_but_its_last_rounding():
     for name, steps, rows in truth_cells("truth32"):
-        if steps > longest:
-            continue
-        rows = rows & ~TRUTH["truth32.from_factor"]
+        rows = rows & ~TRUTH["truth32.from_factor"]  # the others are for the Hessian of a rounded factor
         step_size = torch.from_numpy(TRUTH["truth32.step_size"][rows]).float()
-        gradient = instance(name, torch.float32).meta_gradient(step_size, steps, method=method)
-        assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all()
-        errors.append(relative_error(gradient, TRUTH["truth32.log_gradient"][rows]))
-    errors = np.concatenate(errors)
-    assert np.median(errors) <= 1e-7 and np.quantile(errors, 0.9) <= 1e-5 and errors.max() <= 1e-3
-    if method == "spectral":  # float64 inside: nothing but the final rounding, half of 2^-23
-        assert errors.max() <= 6e-8
+        gradient = instance(name, torch.float32).meta_gradient(step_size, steps)
+        assert gradient.dtype == torch.float32
+        np.testing.assert_allclose(gradient.double(), TRUTH["truth32.log_gradient"][rows], rtol=6e-8)  # half of 2^-23
 
 
-def threshold_rows():
-    with open(DATA / "backprop_thresholds.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_backprop_failures_are_predicted_within_two_steps():
-    compared = 0
-    for row in threshold_rows():
-        failure = instance(row["instance"]).backprop_failure(
-            float(row["step_size"]), getattr(torch, row["dtype"]), max_steps=20_000
-        )
-        for kind in ("zero_gradient", "overflow_nan", "zero_loss"):
-            found = getattr(failure, kind)
-            if row[kind]:
-                assert found is not None and abs(found - int(row[kind])) <= 2, (row, kind, failure)
-                compared += 1
-            else:  # not seen within the steps that were measured
-                measured = 5_000 if row["dtype"] == "float32" else 20_000
-                assert found is None or found >= measured, (row, kind, failure)
-    assert compared == 113
-
-
-@pytest.mark.parametrize(
-    ("name", "step_size", "dtype", "zero", "nan"),
-    [("A_seed0", 0.1, torch.float32, 24, None), ("A_seed0", 0.1, torch.float64, 196, None),
-     ("C_kappa2", 4 / 3, torch.float32, None, 41), ("C_kappa2", 4 / 3, torch.float64, None, 325)],
-)  # fmt: skip
-def test_backprop_failure_is_detected_when_it_happens_and_not_before(name, step_size, dtype, zero, nan):
-    # C at its optimum: the loss is zero from 46 (float32) and 338 (float64) steps on, but the gradient is NaN
-    # earlier, as soon as 1 / (t * loss) is infinite.
-    task = instance(name)
-    failure = task.backprop_failure(step_size, dtype)
-    assert (failure.zero_gradient, failure.underflow_nan) == (zero, nan)
-    first = failure.first
-    before = task.backprop_meta_gradient(step_size, first - 1, dtype)
-    at = task.backprop_meta_gradient(step_size, first, dtype)
-    assert before.status == "ok"
-    assert before.gradient == pytest.approx(float(task.meta_gradient(step_size, first - 1)), rel=1e-3)
-    if zero:
-        assert at.gradient == 0.0 and at.loss == math.inf and at.status == "overflow"
-    else:
-        assert not math.isfinite(at.gradient) and at.status == "underflow"
+def backpropagated(task: Quadratic, step_size: float, steps: int, objective: str, dtype: torch.dtype) -> float:
+    """Plain reverse-mode differentiation through the steps."""
+    hessian, point = task.hessian.to(dtype), task.initial_point.to(dtype)
+    eta, losses = torch.tensor(step_size, dtype=dtype, requires_grad=True), []
+    for _ in range(steps):
+        point = point - eta * (hessian @ point)
+        losses.append(0.5 * (point @ (hessian @ point)))
+    counted = torch.arange(1, steps + 1)
+    value = {
+        "log": lambda: losses[-1].log() / steps,
+        "naive": lambda: losses[-1],
+        "log_mean": lambda: (torch.stack(losses).log() / counted).mean(),
+        "naive_mean": lambda: torch.stack(losses).mean(),
+    }[objective]()
+    return float(torch.autograd.grad(value, eta)[0])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_backprop_agrees_with_the_closed_form_while_it_lives(objective):
+def test_backpropagation_agrees_while_it_lives(objective):
     for name in ("A_seed0", "C_kappa2"):
         task = instance(name)
         for multiple in (0.3, 0.9, 1.2):
             eta = multiple * float(task.stability_limit)
-            found = task.backprop_meta_gradient(eta, 20, torch.float64, objective)
-            assert found.status == "ok"
-            assert found.gradient == pytest.approx(float(task.meta_gradient(eta, 20, objective)), rel=1e-9)
-    assert instance("A_seed0").backprop_meta_gradient(1.0, 20, torch.float32, objective).status == "overflow"
+            expected = backpropagated(task, eta, 20, objective, torch.float64)
+            assert float(task.meta_gradient(eta, 20, objective)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_naive_gradient_obeys_both_bounds_of_theorem_3():
-    for name in NAMES:
-        task = instance(name)
-        largest, lam = float(task.largest_curvature), task._spectrum.eigenvalues
-        c2 = task._spectrum.coefficients.square()
-        for steps in (2, 10, 40):
-            for fraction in torch.linspace(0.02, 0.98, 25).tolist():
-                eta = fraction * 2 / largest
-                bound = steps * (c2 * lam**2 * (1 - eta * lam).abs() ** (2 * steps - 1)).sum()
-                assert abs(task.meta_gradient(eta, steps, "naive")) <= bound * (1 + 1e-12)
-            for multiple in (1.05, 1.5, 3.0, 10.0):
-                eta = multiple * 2 / largest
-                norm2 = float(c2.sum())  # the theorem has |w_0| = 1
-                bound = steps * largest**2 * (float(c2[-1]) * (eta * largest - 1) ** (2 * steps - 1) - norm2)
-                assert float(task.meta_gradient(eta, steps, "naive")) >= bound
+def test_the_closed_form_lives_where_plain_backpropagation_was_seen_to_die():
+    compared = 0
+    for row in rows_of("backprop_thresholds.csv"):
+        task, step_size, dtype = instance(row["instance"]), float(row["step_size"]), getattr(torch, row["dtype"])
+        for kind, dead in (("zero_gradient", 0.0), ("overflow_nan", math.nan), ("zero_loss", math.nan)):
+            if row[kind] and (steps := int(row[kind])) <= 1000:
+                found = backpropagated(task, step_size, steps, "log", dtype)
+                assert found == dead or (math.isnan(dead) and not math.isfinite(found)), (row, kind)
+                exact = float(task.meta_gradient(step_size, steps))
+                assert math.isfinite(exact) and exact != 0
+                compared += 1
+    assert compared > 60
 
 
-def test_log_gradient_is_bounded_by_curvatures_for_every_step_size():
-    for name in NAMES:
-        task = instance(name)
-        largest, smallest = float(task.largest_curvature), float(task.smallest_curvature)
-        bound = 2 * largest * (largest + smallest) / (largest - smallest)
-        limit = 2 / largest
-        grid = torch.cat(
-            [torch.logspace(-6, 3, 2001).double() * limit, torch.linspace(0.8, 1.2, 4001).double() * limit]
-        )
-        for steps in (10, 80, 1000):
-            assert task.meta_gradient(grid, steps).abs().max() <= 1.05 * bound
-        assert (task.meta_gradient(grid, 80).sign().diff() != 0).sum() >= 1
+def test_the_log_objective_says_when_the_loss_overflows():
+    """The sanity check's prediction of where back-propagation of the log objective becomes a silent zero."""
+    compared = 0
+    for row in rows_of("backprop_thresholds.csv"):
+        if row["zero_gradient"]:
+            task, largest = instance(row["instance"]), math.log(torch.finfo(getattr(torch, row["dtype"])).max)
+            for steps, outside in ((int(row["zero_gradient"]) - 3, False), (int(row["zero_gradient"]) + 2, True)):
+                # twice the loss, w'Hw, is what leaves the range first
+                log_form = steps * float(task.meta_objective(float(row["step_size"]), steps)) + math.log(2)
+                assert (log_form > largest) == outside, (row, steps)
+                compared += 1
+    assert compared > 80
 
 
-def test_log_gradient_changes_sign_exactly_once():
-    for name in NAMES:
-        task = instance(name)
-        grid = torch.logspace(-6, 2, 4001, dtype=torch.float64) * task.stability_limit
-        for steps in (10, 80, 1000, 10_000):
-            assert (task.meta_gradient(grid, steps).sign().diff() != 0).sum() == 1
-
-
-def test_optimal_step_size_matches_sixty_digits():
-    for index, steps, expected in zip(
-        TRUTH["optimum.instance"], TRUTH["optimum.steps"], TRUTH["optimum.step_size"], strict=True
-    ):
-        found = float(instance(NAMES[index]).optimal_step_size(int(steps)))
-        assert abs(found / expected - 1) <= 1e-12  # required 1e-6; bisection to the last bits gives 1e-15
-
-
-def test_optimal_step_size_approaches_its_limit_as_the_theory_says():
-    accepted = {80: 0.034, 200: 0.016, 1000: 0.0035, 10_000: 0.00035}
-    for name in ("A_seed0", "B_d_by_2d_seed0"):
-        task = instance(name)
-        for steps, tolerance in accepted.items():
-            ratio = float(task.optimal_step_size(steps) / task.limiting_step_size)
-            assert 1 - tolerance <= ratio < 1
-    # first-order formula: 2/(L+a) + (r/(L+a)) * 2 ln(|c_d| a / (|c_1| L)) / (2t-1), r = (L-a)/(L+a)
-    for index, steps, expected in zip(
-        TRUTH["optimum.instance"], TRUTH["optimum.steps"], TRUTH["optimum.first_order_error"], strict=True
-    ):
-        task = instance(NAMES[index])
-        lam, c = task._spectrum.eigenvalues, task._spectrum.coefficients
-        total = lam[-1] + lam[0]
-        slope = 2 * torch.log(c[0].abs() * lam[0] / (c[-1].abs() * lam[-1])) / (2 * int(steps) - 1)
-        formula = 2 / total + (lam[-1] - lam[0]) / total**2 * slope
-        error = float(formula / task.optimal_step_size(int(steps)) - 1)
-        assert error == pytest.approx(expected, rel=1e-5, abs=1e-14)
-
-
-def test_first_order_gradient_is_that_of_the_reference_and_explodes():
-    exploded = 0
-    for name, steps, rows in truth_cells("truth"):
-        step_size = torch.from_numpy(TRUTH["truth.step_size"][rows])
-        sign, log_magnitude = instance(name).signed_log_meta_gradient(step_size, steps - 1, first_order=True)
-        log_magnitude = log_magnitude + math.log(steps - 1)  # the reference does not divide by the steps
-        expected = TRUTH["truth.first_order_log"][rows]
-        assert (sign.numpy() == TRUTH["truth.first_order_sign"][rows]).all()
-        # near the zero of the gradient the terms cancel; measured 7e-10
-        assert (np.abs(log_magnitude.numpy() - expected) <= 1e-8 * np.maximum(np.abs(expected), 1)).all()
-        exploded += int((expected > 100).sum())
-    assert exploded > 10
-
-
-def test_every_option_of_the_reference_code_is_reproduced():
+def test_the_published_first_order_code_is_reproduced_by_the_engine():
+    """Its "last" loss is that of ``w_{t-1}``, its "average" runs over ``w_0 .. w_{t-1}``, its log has no ``1/t``."""
     task, compared = instance("A_seed0"), 0
-    with open(DATA / "first_order_meta_gradients.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
+    start = float(task.loss(task.initial_parameters()))
+    for row in rows_of("first_order_meta_gradients.csv"):
         expected, value = float(row["meta_gradient"]), float(row["meta_objective"])
         if not (math.isfinite(value) and math.isfinite(expected)):
             continue  # the reference itself overflowed
-        steps, log = int(row["t"]), row["log"] == "True"
-        if row["average"] == "True":
-            objective, iterates, scale = ("log_of_mean" if log else "naive_mean"), "0..t-1", steps if log else 1
-        else:
-            steps -= 1  # "last" is the loss before the last step
-            objective, iterates, scale = ("log" if log else "naive"), "1..t", steps if log else 1
-        first_order = row["second_order"] == "False"
-        eta = float(row["step_size"])
-        found = task.meta_gradient(eta, steps, objective, iterates=iterates, first_order=first_order) * scale
-        objective_found = task.meta_objective(eta, steps, objective, iterates=iterates) * scale
-        assert float(found) == pytest.approx(expected, rel=2e-4)  # the reference is float32 over up to 80 steps
-        assert float(objective_found) == pytest.approx(value, rel=2e-5)
+        steps, average, eta = int(row["t"]), row["average"] == "True", float(row["step_size"])
+        learned = LearnedStepSize(minimum=1e-12, maximum=1e8).attach(inner_optimizer(torch.optim.SGD, lr=eta))
+        engine = meta_gradient(
+            task, task.initial_parameters(), learned, [None] * (steps - 1), None,
+            objective="naive_mean" if average else "naive", second_order=row["second_order"] == "True",
+        )  # fmt: skip
+        share = (steps - 1) / steps if average else 1.0
+        found_value = share * engine.value + (1 - share) * start
+        found = share * engine.gradients["learning_rate"].item() / eta
+        if row["log"] == "True":
+            found, found_value = found / found_value, math.log(found_value)
+        assert found == pytest.approx(expected, rel=2e-4)  # the reference is float32 over up to 80 steps
+        assert found_value == pytest.approx(value, rel=2e-5)
         compared += 1
     assert compared == 32
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("iterates", ["1..t", "0..t-1"])
-def test_objectives_equal_their_definition_and_gradients_their_differences(objective, iterates):
-    if objective in ("log", "naive") and iterates != "1..t":
-        return
+def test_objectives_equal_their_definition_and_gradients_their_differences(objective):
     task, steps, h = instance("C_kappa2"), 7, 1e-6
-    for eta in (0.0 + 2 * h, 0.4, 1.4, 2.7):
+    for eta in (2 * h, 0.4, 1.4, 2.7):
         point, losses = task.initial_point.clone(), []
-        for _ in range(steps + 1):
-            losses.append(float(task.loss({"point": point})))
+        for _ in range(steps):
             point = point - eta * (task.hessian @ point)
-        chosen = range(1, steps + 1) if iterates == "1..t" else range(steps)
-        mean = sum(losses[k] for k in chosen) / steps
+            losses.append(float(task.loss({"point": point})))
         expected = {
-            "log": math.log(losses[steps]) / steps,
-            "naive": losses[steps],
-            "naive_mean": mean,
-            "log_mean": sum(math.log(losses[k]) / k for k in chosen if k) / steps,
-            "log_of_mean": math.log(mean) / steps,
+            "log": math.log(losses[-1]) / steps,
+            "naive": losses[-1],
+            "log_mean": sum(math.log(loss) / k for k, loss in enumerate(losses, 1)) / steps,
+            "naive_mean": sum(losses) / steps,
         }[objective]
-        for method in ("spectral", "recursion"):
-            options = {"iterates": iterates, "method": method}
-            value = task.meta_objective(eta, steps, objective, **options)
-            assert float(value) == pytest.approx(expected, rel=1e-12)
-            # central differences: truncation h^2 and rounding eps / h are both near 1e-10
-            both = task.meta_objective(
-                torch.tensor([eta - h, eta + h], dtype=torch.float64), steps, objective, **options
-            )
-            difference = float(both[1] - both[0]) / (2 * h)
-            assert float(task.meta_gradient(eta, steps, objective, **options)) == pytest.approx(
-                difference, rel=1e-6, abs=1e-9
-            )
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_both_methods_agree_for_every_objective_and_a_batch_of_tasks(objective):
-    tasks = Quadratic.random(12, seed=3, kind="wide", start="sphere", tasks=4)
-    step_size = torch.tensor([1e-6, 0.5, 0.9, 1.5, 10.0]).double()[:, None] * tasks.stability_limit
-    for steps in (1, 2, 50, 300):
-        one = tasks.signed_log_meta_gradient(step_size, steps, objective)
-        other = tasks.signed_log_meta_gradient(step_size, steps, objective, method="recursion")
-        assert one.sign.shape == (5, 4)
-        assert torch.equal(one.sign, other.sign)
-        torch.testing.assert_close(one.log_magnitude, other.log_magnitude, rtol=1e-10, atol=1e-10)
-        values = [tasks.meta_objective(step_size, steps, objective, method=m) for m in ("spectral", "recursion")]
-        torch.testing.assert_close(*values, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("method", ["spectral", "recursion"])
-def test_batching_over_tasks_and_step_sizes_equals_looping(method):
-    tasks = Quadratic.random(6, seed=1, kind="condition", condition_number=30.0, tasks=3)
-    step_size = torch.tensor([0.0, 0.7, 1.9, 5.0]).double()
-    together = tasks.meta_gradient(step_size[:, None], 25, "log_of_mean", method=method)
-    objective = tasks.meta_objective(step_size[:, None], 25, method=method)
-    optimum, path = tasks.optimal_step_size(25), tasks.trajectory(step_size[:, None], 5)
-    assert path.directions.shape == (4, 3, 6, 6)
-    for j in range(3):
-        single = Quadratic(tasks.hessian[j], tasks.initial_point[j])
-        torch.testing.assert_close(optimum[j], single.optimal_step_size(25), rtol=1e-12, atol=0.0)
-        for i, eta in enumerate(step_size.tolist()):
-            close = {"rtol": 1e-11, "atol": 1e-12}
-            expected = single.meta_gradient(eta, 25, "log_of_mean", method=method)
-            torch.testing.assert_close(together[i, j], expected, **close)
-            torch.testing.assert_close(objective[i, j], single.meta_objective(eta, 25, method=method), **close)
-            torch.testing.assert_close(path.log_losses[i, j], single.trajectory(eta, 5).log_losses, **close)
-
-
-def test_one_hessian_serves_many_starting_points():
-    points = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shared = Quadratic(torch.diag(torch.tensor([3.0, 2.0, 1.0]).double()), points)
-    assert shared.batch_shape == (4,) and shared.optimal_step_size(9).shape == (4,)
-    assert shared.meta_gradient(0.3, 9).shape == (4,)
-    for method in ("spectral", "recursion"):
-        single = Quadratic(shared.hessian, points[2]).meta_gradient(0.3, 9, method=method)
-        torch.testing.assert_close(shared.meta_gradient(0.3, 9, method=method)[2], single)
-
-
-def test_trajectory_is_gradient_descent_in_logarithms():
-    task = instance("A_seed2")
-    path = task.trajectory(0.05, 30)
-    point = task.initial_point.clone()
-    for step in range(31):
-        rebuilt = path.log_norms[step].exp() * path.directions[step]
-        torch.testing.assert_close(rebuilt, point, rtol=1e-9, atol=1e-9 * float(point.norm()))
-        assert float(path.log_losses[step]) == pytest.approx(math.log(task.loss({"point": point})), rel=1e-12)
-        point = point - 0.05 * (task.hessian @ point)
-    assert torch.isfinite(task.trajectory(10.0, 2000).log_losses).all()
+        assert float(task.meta_objective(eta, steps, objective)) == pytest.approx(expected, rel=1e-12)
+        # central differences: truncation h^2 and rounding eps / h are both near 1e-10
+        both = task.meta_objective(torch.tensor([eta - h, eta + h], dtype=torch.float64), steps, objective)
+        difference = float(both[1] - both[0]) / (2 * h)
+        assert float(task.meta_gradient(eta, steps, objective)) == pytest.approx(difference, rel=1e-6, abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -374,92 +211,129 @@ def test_no_nan_and_no_silent_zero_anywhere(seed, kind, dim, steps, exponent, dt
     eta = math.exp(low + exponent * (high - low))
     gradient, value = task.meta_gradient(eta, steps, objective), task.meta_objective(eta, steps, objective)
     sign, log_magnitude = task.signed_log_meta_gradient(eta, steps, objective)
-    assert not torch.isnan(gradient) and not torch.isnan(value)
-    assert sign != 0 and torch.isfinite(log_magnitude)
+    assert not gradient.isnan() and not value.isnan()
+    assert sign != 0 and log_magnitude.isfinite()
+    assert gradient.signbit() == (sign < 0)
     if objective.startswith("log"):
-        assert torch.isfinite(gradient) and gradient != 0 and torch.isfinite(value)
+        assert gradient.isfinite() and gradient != 0 and value.isfinite()
     information = torch.finfo(dtype)
     if gradient == 0:
         assert log_magnitude < math.log(information.smallest_normal * information.eps)
-    if torch.isinf(gradient):
+    if gradient.isinf():
         assert log_magnitude > math.log(information.max) - 1e-6
-    assert torch.signbit(gradient) == (sign < 0)
+
+
+def test_both_bounds_of_theorem_3_hold_for_the_naive_gradient():
+    for name in NAMES:
+        task = instance(name)
+        (lam, c), largest = spectrum(task), float(task.largest_curvature)
+        for steps in (2, 10, 40):
+            eta = torch.linspace(0.02, 0.98, 25, dtype=torch.float64) * 2 / largest
+            bound = steps * (c**2 * lam**2 * (1 - eta[:, None] * lam).abs() ** (2 * steps - 1)).sum(-1)
+            assert (task.meta_gradient(eta, steps, "naive").abs() <= bound * (1 + 1e-9)).all()
+            eta = torch.tensor([1.05, 1.5, 3.0, 10.0], dtype=torch.float64) * 2 / largest
+            # the theorem has |w_0| = 1
+            bound = steps * largest**2 * (c[-1] ** 2 * (eta * largest - 1) ** (2 * steps - 1) - c.square().sum())
+            assert (task.meta_gradient(eta, steps, "naive") >= bound).all()
+
+
+def test_the_log_gradient_is_bounded_by_the_curvatures_and_changes_sign_once():
+    for name in NAMES:
+        task = instance(name)
+        largest, smallest = float(task.largest_curvature), float(task.smallest_curvature)
+        bound = 2 * largest * (largest + smallest) / (largest - smallest)
+        around = torch.linspace(0.8, 1.2, 4001, dtype=torch.float64)
+        grid = torch.cat([torch.logspace(-6, 3, 4001, dtype=torch.float64), around]).sort()[0] * task.stability_limit
+        for steps in (10, 80, 1000, 10_000):
+            gradient = task.meta_gradient(grid, steps)
+            assert (gradient.sign().diff() != 0).sum() == 1
+            assert gradient.abs().max() <= 1.05 * bound
+
+
+def test_the_optimal_step_size_matches_sixty_digits_and_the_first_order_theory():
+    columns = ("instance", "steps", "step_size", "first_order_error")
+    for index, steps, expected, error in zip(*(TRUTH[f"optimum.{name}"] for name in columns), strict=True):
+        task = instance(NAMES[index])
+        found = float(task.optimal_step_size(int(steps)))
+        assert abs(found / expected - 1) <= 1e-12
+        # 2/(L+a) + (r/(L+a)) * 2 ln(|c_d| a / (|c_1| L)) / (2t-1), r = (L-a)/(L+a)
+        lam, c = spectrum(task)
+        total = lam[-1] + lam[0]
+        slope = 2 * torch.log(c[0].abs() * lam[0] / (c[-1].abs() * lam[-1])) / (2 * int(steps) - 1)
+        formula = 2 / total + (lam[-1] - lam[0]) / total**2 * slope
+        assert float(formula) / found - 1 == pytest.approx(error, rel=1e-5, abs=1e-14)
+    for name in ("A_seed0", "B_d_by_2d_seed0"):
+        for steps, tolerance in {80: 0.034, 200: 0.016, 1000: 0.0035, 10_000: 0.00035}.items():
+            ratio = float(instance(name).optimal_step_size(steps) / instance(name).limiting_step_size)
+            assert 1 - tolerance <= ratio < 1
 
 
 def test_a_vanishing_factor_is_no_obstacle():
     # step size 0.5 makes 1 - step_size * 2 exactly zero: that direction is gone after one step
     task = Quadratic(torch.diag(torch.tensor([2.0, 1.0]).double()), torch.ones(2).double())
-    for method in ("spectral", "recursion"):
-        for steps in (1, 2, 1000):
-            assert float(task.meta_gradient(0.5, steps, method=method)) == pytest.approx(-4.0, rel=1e-12)
-            expected = (math.log(0.5) + 2 * steps * math.log(0.5)) / steps
-            assert float(task.meta_objective(0.5, steps, method=method)) == pytest.approx(expected, rel=1e-12)
-        average = task.meta_objective(0.5, 3, "naive_mean", iterates="0..t-1", method=method)
-        assert float(average) == pytest.approx((1.5 + 0.5 / 4 + 0.5 / 16) / 3, rel=1e-12)
-        assert not task.meta_gradient(0.5, 3, "naive_mean", iterates="0..t-1", method=method).isnan()
-    assert float(task.meta_gradient(0.5, 1, first_order=True)) == pytest.approx(-4.0)
-    path = task.trajectory(0.5, 2)
-    torch.testing.assert_close(path.log_norms.exp() ** 2, torch.tensor([2.0, 0.25, 0.0625]).double())
-    torch.testing.assert_close(path.directions[1], torch.tensor([0.0, 1.0]).double())
+    for steps in (1, 2, 1000):
+        assert float(task.meta_gradient(0.5, steps)) == pytest.approx(-4.0, rel=1e-12)
+        expected = (math.log(0.5) + 2 * steps * math.log(0.5)) / steps
+        assert float(task.meta_objective(0.5, steps)) == pytest.approx(expected, rel=1e-12)
+    assert float(task.meta_gradient(0.5, 3, "naive_mean")) == pytest.approx(
+        backpropagated(task, 0.5, 3, "naive_mean", torch.float64)
+    )
 
 
-@pytest.mark.parametrize("method", ["spectral", "recursion"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_perfect_step_size_gives_minus_infinity_and_gradient_zero_but_never_nan(method, objective):
+def test_a_perfect_step_size_gives_minus_infinity_and_gradient_zero_but_never_nan(objective):
     task = Quadratic(4 * torch.eye(3), torch.tensor([1.0, 2.0, 3.0]))
-    value = task.meta_objective(0.25, 3, objective, method=method)
-    gradient = task.meta_gradient(0.25, 3, objective, method=method)
-    assert gradient == 0
-    assert value == (-math.inf if objective.startswith("log") else 0.0)
+    assert task.meta_gradient(0.25, 3, objective) == 0
+    assert task.meta_objective(0.25, 3, objective) == (-math.inf if objective.startswith("log") else 0.0)
     assert float(task.optimal_step_size(3)) == pytest.approx(0.25)
 
 
 def test_a_step_size_of_zero_is_allowed():
-    task = instance("A_seed0")
-    w, hessian = task.initial_point, task.hessian
+    w, hessian = instance("A_seed0").initial_point, instance("A_seed0").hessian
     expected = float(-2 * (w @ hessian @ hessian @ w) / (w @ hessian @ w))
-    for options in ({}, {"method": "recursion"}, {"first_order": True}):
-        assert float(task.meta_gradient(0.0, 80, **options)) == pytest.approx(expected, rel=1e-12)
+    assert float(instance("A_seed0").meta_gradient(0.0, 80)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_quadratic_is_a_task_with_the_loss_it_says():
+def test_results_have_the_dtype_and_shape_promised():
+    task = instance("C_kappa2", torch.float32)
+    for step_size, shape in (
+        (0.5, ()),
+        (torch.rand(3, 4), (3, 4)),
+        (torch.tensor([1, 2]), (2,)),
+        (torch.ones(0), (0,)),
+    ):
+        for objective in OBJECTIVES:
+            for result in (task.meta_gradient(step_size, 5, objective), task.meta_objective(step_size, 5, objective)):
+                assert result.dtype == torch.float32 and result.shape == shape and not result.requires_grad
+    half = Quadratic(task.hessian.bfloat16(), task.initial_point.bfloat16())
+    assert half.meta_gradient(0.5, 5).dtype == torch.bfloat16
+
+
+def test_memory_is_bounded_when_many_step_sizes_meet_many_steps():
+    task, grid = instance("C_kappa2"), torch.linspace(0.1, 2, 300, dtype=torch.float64)
+    together = task.meta_gradient(grid, 4000, "naive_mean")  # 24 million numbers, in three portions
+    torch.testing.assert_close(together[::100], task.meta_gradient(grid[::100], 4000, "naive_mean"), rtol=1e-12, atol=0)
+
+
+def test_the_quadratic_is_a_task_with_the_loss_it_says():
     task = instance("C_kappa2")
     parameters = task.initial_parameters()
     assert isinstance(task, Task) and task.homogeneity == 2.0
     parameters["point"].mul_(-3.0)  # ours to change
-    assert float(task(parameters, task.sample_batch("train"))) == pytest.approx(
-        9 * float(task(task.initial_parameters(), None))
-    )
-    with pytest.raises(ValueError, match="batch of"):
-        Quadratic.random(3, seed=0, tasks=2).loss({"point": torch.zeros(3)})
-
-
-@pytest.mark.parametrize("method", ["spectral", "recursion"])
-def test_results_have_the_dtype_and_shape_promised(method):
-    task = instance("C_kappa2", torch.float32)
-    for step_size, shape in ((0.5, ()), (torch.rand(3, 4), (3, 4)), (torch.tensor([1, 2]), (2,)), (1, ())):
-        for result in (
-            task.meta_gradient(step_size, 5, method=method),
-            task.meta_objective(step_size, 5, method=method),
-        ):
-            assert result.dtype == torch.float32 and result.shape == shape and not result.requires_grad
-    assert task.meta_gradient(torch.empty(0), 5, "log_mean", method=method).shape == (0,)
-    half = Quadratic(task.hessian.bfloat16(), task.initial_point.bfloat16())
-    assert half.meta_gradient(0.5, 5, method=method).dtype == torch.bfloat16
+    start = float(task(task.initial_parameters(), task.sample_batch("train")))
+    assert float(task(parameters, None)) == pytest.approx(9 * start)
+    assert start == pytest.approx(float(0.5 * task.initial_point @ task.hessian @ task.initial_point))
 
 
 @pytest.mark.parametrize("kind", ["square", "wide", "condition"])
 def test_random_families_are_what_they_say(kind):
     condition = 50.0 if kind == "condition" else None
-    task = Quadratic.random(8, seed=5, kind=kind, condition_number=condition, start="sphere", tasks=3)
-    assert task.hessian.shape == (3, 8, 8) and task.dtype == torch.float64
-    assert torch.allclose(task.initial_point.norm(dim=-1), torch.ones(3).double())
-    again = Quadratic.random(8, seed=5, kind=kind, condition_number=condition, start="sphere", tasks=3)
+    task, again = (Quadratic.random(8, seed=5, kind=kind, condition_number=condition, start="sphere") for _ in range(2))
+    assert task.hessian.shape == (8, 8) and task.dtype == torch.float64
+    assert torch.allclose(task.initial_point.norm(), torch.ones(()).double())
     assert torch.equal(task.hessian, again.hessian) and torch.equal(task.initial_point, again.initial_point)
     if kind == "condition":
-        ratio = task.largest_curvature / task.smallest_curvature
-        torch.testing.assert_close(ratio, torch.full((3,), 50.0).double())
-    assert Quadratic.random(8, seed=5, dtype=torch.float32, kind="wide").dtype == torch.float32
+        assert float(task.largest_curvature / task.smallest_curvature) == pytest.approx(50.0)
 
 
 EYE, ONES = torch.eye(3), torch.ones(3)
@@ -469,20 +343,15 @@ EYE, ONES = torch.eye(3), torch.ones(3)
     ("hessian", "point", "error", "words"),
     [
         (torch.ones(2, 3), ONES, ValueError, "square"),
-        (torch.ones(3), ONES, ValueError, "square"),
         (EYE + torch.triu(torch.ones(3, 3), 1), ONES, ValueError, "symmetric"),
         (-EYE, ONES, ValueError, "positive definite"),
         (torch.ones(3, 3), ONES, ValueError, "positive definite"),
-        (torch.diag(torch.tensor([1.0, 0.0, 1.0])), ONES, ValueError, "positive definite"),
         (EYE * math.nan, ONES, ValueError, "NaN"),
         (EYE.long(), ONES, TypeError, "floating-point"),
         ([[1.0]], ONES, TypeError, "torch.Tensor"),
-        (EYE, [1.0, 1.0, 1.0], TypeError, "torch.Tensor"),
         (EYE, torch.zeros(3), ValueError, "zero"),
-        (EYE, torch.stack([ONES, 0 * ONES]), ValueError, "zero"),
         (EYE, torch.ones(2), ValueError, "d = 3"),
         (EYE, ONES * math.inf, ValueError, "infinity"),
-        (EYE.expand(2, 3, 3), ONES.expand(5, 3), ValueError, "broadcast"),
     ],
 )
 def test_bad_tasks_are_refused_with_the_reason(hessian, point, error, words):
@@ -490,54 +359,30 @@ def test_bad_tasks_are_refused_with_the_reason(hessian, point, error, words):
         Quadratic(hessian, point)
 
 
-@pytest.mark.parametrize("method", ["meta_gradient", "meta_objective", "signed_log_meta_gradient", "trajectory"])
 @pytest.mark.parametrize(
-    ("step_size", "steps", "error", "words"),
+    ("arguments", "error", "words"),
     [
-        (-0.1, 5, ValueError, "negative"),
-        (torch.tensor([0.1, -0.1]), 5, ValueError, "negative"),
-        (math.nan, 5, ValueError, "NaN"),
-        (math.inf, 5, ValueError, "infinity"),
-        (1e40, 5, ValueError, "number range"),
-        ("0.1", 5, TypeError, "step_size"),
-        (torch.tensor(0.1j), 5, TypeError, "real"),
-        (0.1, 0, ValueError, "at least 1"),
-        (0.1, -3, ValueError, "at least 1"),
-        (0.1, 2.0, TypeError, "int"),
-        (0.1, True, TypeError, "int"),
+        ((-0.1, 5), ValueError, "negative"),
+        ((math.nan, 5), ValueError, "NaN"),
+        ((math.inf, 5), ValueError, "infinite"),
+        (("0.1", 5), TypeError, "step_size"),
+        ((torch.tensor(0.1j), 5), TypeError, "real"),
+        ((0.1, 0), ValueError, "at least 1"),
+        ((0.1, 2.0), TypeError, "int"),
+        ((0.1, 5, "mean"), ValueError, "objective='mean'"),
     ],
 )
-def test_bad_step_sizes_and_steps_are_refused_with_the_reason(method, step_size, steps, error, words):
-    with pytest.raises(error, match=words):
-        getattr(instance("C_kappa2"), method)(step_size, steps)
+def test_bad_questions_are_refused_with_the_reason(arguments, error, words):
+    for ask in (Quadratic.meta_gradient, Quadratic.meta_objective):
+        with pytest.raises(error, match=words):
+            ask(instance("C_kappa2"), *arguments)
 
 
-def test_bad_options_are_refused_with_the_reason():
-    task = instance("C_kappa2")
-    with pytest.raises(ValueError, match="Unknown objective"):
-        task.meta_gradient(0.1, 5, "mean")
-    with pytest.raises(ValueError, match="Unknown iterates"):
-        task.meta_gradient(0.1, 5, "log_mean", iterates="all")
-    with pytest.raises(ValueError, match="steps - 1"):
-        task.meta_gradient(0.1, 5, "log", iterates="0..t-1")
-    with pytest.raises(ValueError, match="Unknown method"):
-        task.meta_gradient(0.1, 5, method="magic")
-    with pytest.raises(ValueError, match="first_order"):
-        task.meta_gradient(0.1, 5, method="recursion", first_order=True)
-    with pytest.raises(ValueError, match="at least 1"):
-        task.optimal_step_size(0)
-    with pytest.raises(ValueError, match="broadcast"):
-        Quadratic.random(3, seed=0, tasks=2).meta_gradient(torch.ones(3), 5)
-    with pytest.raises(ValueError, match="one task"):
-        Quadratic.random(3, seed=0, tasks=2).backprop_failure(0.1)
-    for arguments, words in (
-        ({"dim": 0}, "dim"), ({"dim": 3, "kind": "round"}, "kind"), ({"dim": 3, "tasks": 0}, "tasks"),
-        ({"dim": 3, "kind": "condition"}, "condition_number"), ({"dim": 3, "condition_number": 2.0}, "condition"),
-        ({"dim": 3, "kind": "condition", "condition_number": 0.5}, "at least 1"), ({"dim": 3, "start": "x"}, "start"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            Quadratic.random(seed=0, **arguments)
-
-
-def test_option_names_are_the_documented_ones():
-    assert set(Objective.__args__) == set(OBJECTIVES) and set(Iterates.__args__) == {"1..t", "0..t-1"}
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"dim": 0}, "dim"), ({"kind": "round"}, "kind"), ({"start": "x"}, "start"), ({"kind": "condition"}, "both"),
+     ({"condition_number": 2.0}, "both"), ({"kind": "condition", "condition_number": 0.5}, "at least 1")],
+)  # fmt: skip
+def test_impossible_families_are_refused_with_the_reason(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Quadratic.random(**{"dim": 3, "seed": 0, **arguments})

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_l2l import LearnedHyperparameters, LearnedOptimizer, LearnedStepSize, MLPOptimizer
-from lightning_l2l.exact.windows import WindowEstimator
+from lightning_l2l import LearnedHyperparameters, LearnedOptimizer, LearnedStepSize, MLPOptimizer, Unroll
+from lightning_l2l.exact.episodes import Episode
 from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic, RandomQuadratics, Task
-from lightning_l2l.tasks.family import ChoiceOfTasks, SameTask, as_family
+from lightning_l2l.tasks.family import ChoiceOfTasks, Mixture, as_family
 from lightning_l2l.tasks.length import Length
 from lightning_l2l.tasks.stacked import LOSS_CHANNEL, START_LOSS, BatchedTasks, StackedTasks
 
@@ -39,13 +39,11 @@ def stacked(tasks: list[Task], start: dict[str, Tensor], learned: LearnedOptimiz
     """Meta-gradient of a stack, as the populations compute it."""
     stack, batched = StackedTasks(tasks), BatchedTasks(learned)
     losses = stack.losses(start, stack.batch("train", generator()).data).detach()
-    windows = WindowEstimator("truncated")
-    episode = windows.begin(batched, {**start, LOSS_CHANNEL: torch.zeros_like(losses)}, buffers={START_LOSS: losses})
-    judged = "geometric_mean" if objective.startswith("log") else "mean"
+    start = {**start, LOSS_CHANNEL: torch.zeros_like(losses)}
+    episode = Episode.begin(batched, start, estimator=Unroll(objective=objective), buffers={START_LOSS: losses})
     batches = [stack.batch("train", generator()) for _ in range(steps)]
-    return windows.meta_gradient(
-        stack, batched, episode, batches, stack.batch("val", generator(), judged), objective=objective
-    )
+    mean: Any = "geometric_mean" if objective.startswith("log") else "mean"
+    return episode.unroll(stack, batched, batches, stack.batch("val", generator(), mean))
 
 
 @pytest.mark.parametrize("make", [adam, sgd, mlp])
@@ -60,12 +58,9 @@ def test_a_stack_has_the_mean_of_its_tasks_meta_objectives_and_gradients(make: A
     together, _ = stacked(tasks, {"point": torch.stack([s["point"] for s in starts])}, learned, objective, 4)
     alone = []
     for task, start in zip(tasks, starts, strict=True):
-        windows = WindowEstimator("truncated")
         batch = task.sample_batch("train")
-        result, _ = windows.meta_gradient(
-            task, learned, windows.begin(learned, start), [batch] * 4, batch, objective=objective
-        )
-        alone.append(result)
+        episode = Episode.begin(learned, start, estimator=Unroll(objective=objective))
+        alone.append(episode.unroll(task, learned, [batch] * 4, batch)[0])
     assert together.usable
     assert together.value == pytest.approx(sum(result.value for result in alone) / 3, rel=1e-10)
     for name, gradient in together.gradients.items():
@@ -76,7 +71,8 @@ def test_a_stack_has_the_mean_of_its_tasks_meta_objectives_and_gradients(make: A
 
 
 def test_tasks_that_cannot_be_stacked_give_the_same_numbers_one_after_the_other() -> None:
-    tasks: list[Any] = [Quadratic.random(3, seed=seed, kind="condition", condition_number=5.0) for seed in range(2)]
+    hessians = [torch.diag(torch.tensor(values, dtype=torch.float64)) for values in ([1.0, 2.0, 5.0], [0.5, 3.0, 4.0])]
+    tasks: list[Any] = [Quadratic(hessian, torch.ones(3, dtype=torch.float64)) for hessian in hessians]
     learned = sgd()
     start = {"point": torch.stack([task.initial_point for task in tasks])}
     result, _ = stacked(tasks, start, learned, "log", 5)
@@ -153,14 +149,16 @@ def test_tasks_of_different_shapes_are_refused() -> None:
 
 
 def test_what_is_no_task_is_refused_and_the_rest_becomes_a_family() -> None:
-    task = Quadratic.random(2, seed=0)
-    assert isinstance(as_family(task), SameTask)
+    task = RandomQuadratics(2).sample(generator())
+    assert as_family(task).sample(generator()) is task
     assert isinstance(as_family([task, task]), ChoiceOfTasks)
     assert as_family(RandomQuadratics()).__class__ is RandomQuadratics
-    with pytest.raises(TypeError, match="ModuleTask"):
+    with pytest.raises(TypeError, match="functional_call"):
         as_family(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no task"):
         ChoiceOfTasks([])
+    with pytest.raises(ValueError, match="no family"):
+        Mixture([])
 
 
 def test_a_task_is_a_function_of_the_generator_alone() -> None:

@@ -1,1 +1,1 @@
-"""The engine: unrolls, objectives and estimators as pure functions of state, on torch and torchopt only."""
+"""Exact meta-gradients: unrolls of the inner training, and evolution strategies."""

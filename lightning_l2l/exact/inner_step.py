@@ -1,7 +1,7 @@
-"""One differentiable training step: loss, gradient, update. Everything the estimators know about a problem.
+"""One differentiable training step: loss, gradient, update. All that the estimators know about a problem.
 
-The loss and the learned optimizer are the user's; they meet here and nowhere else, so this is also where their
-answers are checked.
+The loss and the learned optimizer are the user's; they meet here and nowhere else, so this is also where their results
+are checked.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.exact.packing import Packing
-from lightning_l2l.exact.processes import Processes
-from lightning_l2l.functional.rule import is_tensor
+from lightning_l2l.exact.processes import Processes, together
+from lightning_l2l.exact.scaled import ScaledVector
+from lightning_l2l.exact.second_order import check_second_derivatives
 from lightning_l2l.learned.base import LearnedOptimizer
 
 Tensors = dict[str, Tensor]
@@ -53,7 +54,7 @@ class _Update(nn.Module):
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where the inner training stands.
+    """The state of an inner training: parameters, optimizer state and buffers.
 
     Attributes:
         parameters: What the inner optimizer moves, by name; if packed, one vector for each pack.
@@ -71,14 +72,6 @@ class Iterate:
     def named(self) -> Tensors:
         """The parameters as the loss knows them; if packed, views."""
         return self.parameters if self.packing is None else self.packing.pieces(self.parameters)
-
-    def packed(self, learned: LearnedOptimizer) -> Iterate:
-        """The same iterate with those parameters end to end that a learned optimizer treats alike; detached."""
-        packing = Packing.of(self.parameters, self.state, learned.treated_alike(list(self.parameters)))
-        if packing is None:
-            return self
-        with torch.no_grad():
-            return Iterate(packing.packed(self.parameters), packing.packed_state(self.state), self.buffers, packing)
 
     def unpacked(self) -> Iterate:
         """The same iterate with each parameter on its own, as a view; differentiable."""
@@ -108,7 +101,7 @@ class Iterate:
         return list(self._leaves)
 
     def with_leaves(self, leaves: Sequence[Tensor], buffers: Tensors | None = None) -> Iterate:
-        """The same iterate with other tensors in the places that :meth:`leaves` lists, and other buffers if given."""
+        """The same iterate with other tensors for those that :meth:`leaves` lists, and other buffers if given."""
         parameters = dict(zip(self.parameters, leaves, strict=False))
         rest = iter(leaves[len(parameters) :])
         flat, structure = self._tree
@@ -118,19 +111,19 @@ class Iterate:
         vars(moved).update(_tree=(state, structure), _leaves=list(leaves))  # known, so it need not be found out
         return moved
 
-    def fresh(self, leaves: Sequence[Tensor] | None = None) -> Iterate:
-        """The same iterate as leaves that require a gradient, without history, and with its own buffers.
-
-        Args:
-            leaves: Taken in place of its own.
-        """
-        leaves = self.leaves() if leaves is None else leaves
+    def fresh(self) -> Iterate:
+        """The same iterate as leaves that require a gradient, without history, and with its own buffers."""
         buffers = {name: buffer.detach().clone() for name, buffer in self.buffers.items()}
-        return self.with_leaves([leaf.detach().requires_grad_() for leaf in leaves], buffers)
+        return self.with_leaves([leaf.detach().requires_grad_() for leaf in self.leaves()], buffers)
+
+    def divided(self, exponent: Tensor) -> Iterate:
+        """The iterate of a homogeneous problem divided by ``2**exponent`` (0-dim float64), without history."""
+        leaves = ScaledVector(self.leaves(), -exponent).at_exponent(torch.zeros_like(exponent))
+        return self.with_leaves([leaf.requires_grad_() for leaf in leaves])
 
 
 def _carries_derivative(leaf: Any) -> bool:
-    return is_tensor(leaf) and bool(leaf.is_floating_point())
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -153,6 +146,10 @@ class InnerStep:
     homogeneity: float | None = None
     processes: Processes | None = None
 
+    def meta_parameters(self) -> Tensors:
+        """The learned optimizer's meta-parameters by name, detached."""
+        return {name: tensor.detach() for name, tensor in self.learned.named_parameters() if tensor.requires_grad}
+
     def start(self, parameters: Mapping[str, Tensor], state: Any, buffers: Mapping[str, Tensor]) -> Iterate:
         """The first iterate: clones, so that nothing of the caller's is ever written to."""
         own = {name: tensor.detach().clone() for name, tensor in parameters.items()}
@@ -163,8 +160,17 @@ class InnerStep:
         return iterate.with_leaves([leaf.detach().clone() for leaf in iterate.leaves()]).fresh()
 
     def packed(self, start: Iterate) -> Iterate:
-        """The iterate packed, where nothing in a step looks at single tensors (a clipping takes their norms)."""
-        return start if self.gradient_transformation is not None else start.packed(self.learned)
+        """The iterate with those parameters end to end that the optimizer treats alike; detached.
+
+        Not with a clipping, which looks at single tensors.
+        """
+        if self.gradient_transformation is not None:
+            return start
+        packing = Packing.of(start.parameters, start.state, self.learned.treated_alike(list(start.parameters)))
+        if packing is None:
+            return start
+        with torch.no_grad():
+            return Iterate(packing.packed(start.parameters), packing.packed_state(start.state), start.buffers, packing)
 
     def evaluate(self, iterate: Iterate, batch: Any) -> Tensor:
         """The loss at an iterate, as a mean over the processes.
@@ -205,6 +211,16 @@ class InnerStep:
             )
         return value.reshape(())
 
+    def check_second_order(self, loss: Tensor) -> None:
+        """Refuse a loss whose second derivative is known to be wrong, if it is needed.
+
+        Raises:
+            RuntimeError: It is.
+        """
+        if self.second_order:
+            with together(self.processes):
+                check_second_derivatives(loss)
+
     def gradients(self, value: Tensor, iterate: Iterate, *, create_graph: bool) -> dict[str, Tensor | None]:
         """Gradient of a loss for each parameter (by :attr:`Iterate.named`); ``None`` for those it does not depend on.
 
@@ -240,13 +256,13 @@ class InnerStep:
             )
         return found
 
-    def judge(self, iterate: Iterate, batch: Any) -> tuple[Tensor, list[Tensor]]:
+    def meta_loss(self, iterate: Iterate, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """The meta-loss at an iterate and its gradient for each of its parameters; the iterate stays as it is."""
-        place = iterate.fresh()
-        value = self.evaluate(place, batch)
-        gradients = self.gradients(value, place, create_graph=False)
+        here = iterate.fresh()
+        value = self.evaluate(here, batch)
+        gradients = self.gradients(value, here, create_graph=False)
         filled = {
-            name: torch.zeros_like(place.named[name]) if gradient is None else gradient
+            name: torch.zeros_like(here.named[name]) if gradient is None else gradient
             for name, gradient in gradients.items()
         }
         packed = filled if iterate.packing is None else iterate.packing.packed(filled)

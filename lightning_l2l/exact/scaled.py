@@ -1,8 +1,8 @@
 """Lists of tensors with a separate exponent, so that products over thousands of steps stay in the number range.
 
-Tangents and adjoints of an unroll grow or shrink exponentially with the number of steps. They are linear, so they
-may be carried as ``tensors * 2**exponent``: the tensors stay near one, the exponent is one float64 number. Scaling by
-a power of two changes no bit of a mantissa, so nothing is lost. Nothing here waits for an accelerator.
+Tangents and adjoints of an unroll grow or shrink exponentially with the number of steps. They are linear, so they may
+be carried as ``tensors * 2**exponent``: the tensors stay near one, the exponent is one float64 number. Scaling by a
+power of two changes no bit of a mantissa, so nothing is lost. Nothing here waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_l2l.exact.neighbours import mapped, merged
-
 # Below this exponent the tensors are left small: 2**100 is still a float32 number, its inverse too.
 _SMALLEST_EXPONENT = -100.0
-# The tensors' largest entry may have an exponent of this share of the dtype's: 15 either way in float32. So the next
-# step, which may make it much larger or smaller once more, stays in the number range, and most steps need no scaling.
+# The largest of the tensors' norms may have an exponent of this share of the dtype's: 15 either way in float32. So the
+# next step, which may make it much larger or smaller once more, stays in range, and most steps need no scaling.
 _SLACK = 1 / 8
-# Looking for neighbours takes as long as the extrema of so many tensors.
-_FEW = 4
 
 
 def largest_exponent(tensors: Sequence[Tensor]) -> Tensor:
@@ -42,13 +38,12 @@ def largest_exponent(tensors: Sequence[Tensor]) -> Tensor:
 
 def _extrema(tensors: Sequence[Tensor]) -> list[Tensor]:
     # Not a maximum norm: that one is not vectorised (torch 2.13, CPU), fourteen times slower than the extrema.
-    vectors = merged([tensor.detach() for tensor in tensors]) if len(tensors) > _FEW else tensors
-    return [end for vector in vectors if vector.numel() for end in torch.aminmax(vector)]
+    return [end for tensor in tensors if tensor.numel() for end in torch.aminmax(tensor.detach())]
 
 
 def _is_near_one(tensors: Sequence[Tensor]) -> bool:
-    """Whether the largest entry is within the slack on both sides of 1; as numbers, since on a CPU that is faster."""
-    largest = max([abs(end.item()) for end in _extrema(tensors)], default=1.0)
+    """Whether the norm is within the slack on both sides of 1; as numbers, since on a CPU that is faster."""
+    largest = max([norm.item() for norm in torch._foreach_norm([tensor.detach() for tensor in tensors])], default=1.0)
     slack = 2.0 ** (_SLACK * min([_largest_power(tensor.dtype) for tensor in tensors]))
     return bool(1 / slack <= largest <= slack)
 
@@ -59,13 +54,8 @@ def _largest_power(dtype: torch.dtype) -> int:
 
 
 def multiply(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """Each tensor times a 0-dim factor, in the tensor's own dtype."""
-
-    def times_factor(vectors: list[Tensor]) -> Sequence[Tensor]:
-        factors = {dtype: factor.to(dtype) for dtype in {vector.dtype for vector in vectors}}
-        return [vector * factors[vector.dtype] for vector in vectors]
-
-    return mapped([tensor.detach() for tensor in tensors], times_factor)
+    """Each tensor times a 0-dim factor, in the tensor's own dtype; without history."""
+    return [tensor.detach() * factor.to(tensor.dtype) for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ class ScaledVector:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], exponent: Tensor | float = 0.0) -> ScaledVector:
-        """A scaled vector, normalised if its largest entry is far from 1: it then lies in [1, 2) or comes close."""
+        """A scaled vector, normalised if it is far from 1: its largest entry then lies in [1, 2) or comes close."""
         device = tensors[0].device
         start = torch.as_tensor(exponent, dtype=torch.float64, device=device)
         # Looking at the numbers would wait for an accelerator, where scaling costs little.

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_l2l.functional.adagrad import ADAGRAD
-from lightning_l2l.functional.adam import ADAM, ADAMW
-from lightning_l2l.functional.nadam import NADAM
-from lightning_l2l.functional.radam import RADAM
-from lightning_l2l.functional.rmsprop import RMSPROP
+from lightning_l2l.functional.optimizers import ADAGRAD, ADAM, ADAMW, NADAM, RADAM, RMSPROP, SGD
 from lightning_l2l.functional.rule import Rule
-from lightning_l2l.functional.sgd import SGD
 from lightning_l2l.functional.transformation import InnerOptimizer, ParameterGroup
 
 __all__ = ["InnerOptimizer", "ParameterGroup", "inner_optimizer", "mirror", "read_state", "register_mirror"]
@@ -119,17 +114,16 @@ def inner_optimizer(cls: type[torch.optim.Optimizer], **hyperparameters: Any) ->
 
 
 def read_state(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]], *, copy: bool = True
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
 ) -> dict[str, dict[str, Any]]:
     """The live optimizer's state, in the form that the mirror's ``update`` takes and returns.
 
     Args:
         optimizer: The live optimizer. It is only read.
         named_parameters: The module's ``named_parameters()``.
-        copy: ``False`` for the live tensors themselves: right until the optimizer steps.
 
     Returns:
-        By parameter name ``torch.optim``'s own keys. Tensors are detached clones (with ``copy``); ``step`` is an int,
+        By parameter name ``torch.optim``'s own keys. Tensors are detached clones; ``step`` is an int,
         wherever it lives (for ``capturable`` and ``fused`` that is on the device, and reading it waits for
         the device once). A parameter that has not been stepped yet has an empty state.
 
@@ -145,7 +139,7 @@ def read_state(
                 if value is None:  # SGD's momentum_buffer before the first step
                     continue
                 if key not in _COUNTERS:
-                    entries[key] = _taken(value, copy) if isinstance(value, Tensor) else value
+                    entries[key] = value.detach().clone() if isinstance(value, Tensor) else value
                 elif isinstance(value, Tensor) and value.device.type != "cpu":
                     entries[key] = 0  # its place in the order of the keys
                     waiting.append((name, key, value.detach().reshape(())))
@@ -158,12 +152,6 @@ def read_state(
         for (name, key, _), number in zip(here, numbers, strict=True):
             state[name][key] = _COUNTERS[key](number)
     return state
-
-
-def _taken(value: Tensor, copy: bool) -> Tensor:
-    if copy:
-        return value.detach().clone()
-    return value.detach() if value.requires_grad else value
 
 
 def _rule_of(cls: type[torch.optim.Optimizer]) -> Rule:
@@ -193,7 +181,7 @@ def _how_to_register(cls: type) -> str:
         f"These have one: {known}. To add yours, write its step for one tensor and register it: "
         f"lightning_l2l.functional.register_mirror({cls.__name__}, Rule(update, defaults={{'lr': ...}})), where "
         "update(parameter, gradient, state, hyperparameters) returns (delta, new_state) without modifying anything "
-        "in place (see lightning_l2l/functional/sgd.py)."
+        "in place (see lightning_l2l/functional/optimizers.py)."
     )
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from lightning_l2l.functional.buckets import buckets
-from lightning_l2l.functional.concatenation import updated
 from lightning_l2l.functional.rule import Rule
 
 GroupValues = Mapping[str, "Tensor | Mapping[str, Tensor]"]
@@ -34,8 +33,8 @@ class ParameterGroup:
 class InnerOptimizer:
     """A rule and the groups that it is applied to: an optimizer as a value, without state.
 
-    Made by :func:`~lightning_l2l.functional.mirror.mirror` from a live optimizer, or by
-    :func:`~lightning_l2l.functional.mirror.inner_optimizer` from a class.
+    Made by :func:`~lightning_l2l.functional.mirror` from a live optimizer, or by
+    :func:`~lightning_l2l.functional.inner_optimizer` from a class.
 
     Attributes:
         rule: The arithmetic.
@@ -65,7 +64,7 @@ class InnerOptimizer:
     @property
     def scale_equivariant(self) -> bool:
         """Whether multiplying parameters, gradients and state by c multiplies update and new state by c."""
-        return all(self.rule.scale_equivariant(group.hyperparameters) for group in self.groups)
+        return self.rule.homogeneous
 
     def with_names(self, names: Iterable[str]) -> InnerOptimizer:
         """The same optimizer with its one all-parameters group spelled out; a named one is returned as it is."""
@@ -82,17 +81,16 @@ class InnerOptimizer:
     def transformation(self, values: Sequence[GroupValues] | None = None) -> GradientTransformation:
         """The optimizer in torchopt's protocol: ``init(params)`` and ``update(updates, state, *, params)``.
 
-        ``params`` and ``updates`` are dictionaries by name. A parameter without a gradient (``None``, or
-        missing from ``updates``) or in no group gets the update ``None``, which ``torchopt.apply_updates``
-        leaves alone; its state is kept and its step not counted. The state is a dictionary by name of
-        ``torch.optim``'s state for one parameter. Nothing is ever modified in place, whatever ``inplace``
-        says (torchopt's default is ``True``): every result is differentiable in parameters, gradients, state
-        and ``values``, twice and in forward mode.
+        ``params`` and ``updates`` are dictionaries by name. A parameter without a gradient (``None``, or missing from
+        ``updates``) or in no group gets the update ``None``, which ``torchopt.apply_updates`` leaves alone; its state
+        is kept and its step not counted. The state is a dictionary by name of ``torch.optim``'s state for one
+        parameter. Nothing is ever modified in place, whatever ``inplace`` says (torchopt's default is ``True``): every
+        result is differentiable in parameters, gradients, state and ``values``, twice and in forward mode.
 
         Args:
-            values: Tensors that take the place of hyperparameters: for each group a mapping from their names
-                to a 0-dim tensor, or to a mapping from parameter names to 0-dim tensors. Read at update time.
-                float64 is best: it costs nothing and does not promote the parameters.
+            values: Tensors that take the place of hyperparameters: for each group a mapping from their names to a
+                0-dim tensor, or to a mapping from parameter names to 0-dim tensors. float64 is best: it costs nothing
+                and does not promote the parameters.
 
         Returns:
             A ``torchopt.base.GradientTransformation``; it may be chained with torchopt's own.
@@ -111,38 +109,21 @@ class InnerOptimizer:
         ) -> tuple[dict[str, Tensor | None], dict[str, dict[str, Any]]]:
             if params is None:
                 raise ValueError("The update needs the parameters themselves: pass params=... to update().")
-            return self._moved(replacements, params, updates, state, apply=False)
+            moves: dict[str, Tensor | None] = dict.fromkeys(params)
+            new_state = dict(state)
+            for group, replacement in zip(self.groups, replacements, strict=True):
+                settings = {**self.rule.defaults, **group.hyperparameters, **replacement}
+                by_name = {key: value for key, value in replacement.items() if isinstance(value, Mapping)}
+                for name in _members(group, params):
+                    gradient = updates.get(name)
+                    if gradient is None:
+                        continue
+                    _check_supported(name, params[name], gradient)
+                    own = {**settings, **{key: value[name] for key, value in by_name.items()}} if by_name else settings
+                    moves[name], new_state[name] = self.rule.update(params[name], gradient, state.get(name, {}), own)
+            return moves, new_state
 
         return GradientTransformation(init, update)
-
-    def step(
-        self, values: Sequence[GroupValues], parameters: Mapping[str, Any], gradients: Mapping[str, Any], state: Any
-    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        """The parameters after one step, and the new state: :meth:`transformation`'s update, already applied.
-
-        Every tensor may be a :class:`~lightning_l2l.functional.dual.Dual`, if the rule has ``dual_numbers``; then the
-        results are.
-
-        Args:
-            values: As in :meth:`transformation`.
-            parameters: By name.
-            gradients: By name; without one a parameter stays.
-            state: By name.
-        """
-        return self._moved(self._checked(values), parameters, gradients, state, apply=True)
-
-    def _moved(
-        self, replacements: Sequence[GroupValues], parameters: Any, gradients: Any, state: Any, *, apply: bool
-    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        results: dict[str, Any] = dict(parameters) if apply else dict.fromkeys(parameters)
-        new_state = dict(state)
-        for group, replacement in zip(self.groups, replacements, strict=True):
-            settings = {**self.rule.defaults, **group.hyperparameters, **replacement}
-            for bucket in buckets(self.rule, _members(group, parameters), parameters, gradients, state):
-                moved, entries = updated(self.rule, settings, bucket, apply=apply)
-                results.update(zip(bucket.names, moved, strict=True))
-                new_state.update(zip(bucket.names, entries, strict=True))
-        return results, new_state
 
     def _checked(self, values: Sequence[GroupValues] | None) -> Sequence[GroupValues]:
         if values is None:
@@ -163,3 +144,16 @@ def _members(group: ParameterGroup, parameters: Mapping[str, Tensor]) -> Iterabl
     if group.names is None:
         return parameters
     return [name for name in group.names if name in parameters]
+
+
+def _check_supported(name: str, parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.is_complex():
+        raise TypeError(
+            f"Parameter {name!r} is complex. The meta-gradient of a complex parameter is not defined here: hold its "
+            "real and imaginary part (torch.view_as_real) as the parameter."
+        )
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"The gradient of {name!r} is sparse, and sparse updates have no derivative in torch. Build the embedding "
+            "with sparse=False."
+        )

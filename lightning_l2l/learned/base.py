@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
+from lightning_l2l.functional import InnerOptimizer
+from lightning_l2l.learned import file
+from lightning_l2l.learned.torch_optimizer import LearnedTorchOptimizer
+
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from lightning_l2l.functional import InnerOptimizer
-    from lightning_l2l.learned.torch_optimizer import LearnedTorchOptimizer
-
-
-# Over dual numbers: (parameters, gradients, state, how far the meta-parameters move) -> (parameters, state).
-DualStep = Callable[
-    [Mapping[str, Any], Mapping[str, Any], Any, Sequence[Tensor]], tuple[dict[str, Any], dict[str, dict[str, Any]]]
-]
 
 
 class LearnedOptimizer(torch.nn.Module, abc.ABC):
@@ -50,17 +45,6 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
     horizon: int | None = None
     tasks: str = ""
 
-    def attach(self, inner: InnerOptimizer) -> Self:
-        """Tells which optimizer this one sits on; called again whenever that one's hyperparameters have changed.
-
-        Args:
-            inner: The mirror of the optimizer that trains. The default ignores it.
-
-        Returns:
-            The learned optimizer itself.
-        """
-        return self
-
     @abc.abstractmethod
     def transformation(self) -> GradientTransformation:
         """The optimizer that the present meta-parameters make.
@@ -70,33 +54,16 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
             :meth:`parameters`. It is made anew for each inner step, so making it must be cheap.
         """
 
-    def dual_step(self, directions: Sequence[tuple[str, int]]) -> DualStep | None:
-        """One applied step over dual numbers: the step of :meth:`transformation` and its derivative, without a graph.
-
-        Makes forward mode faster. The default has none, which is always right.
+    def attach(self, inner: InnerOptimizer) -> Self:
+        """Tells which optimizer this one sits on; called again whenever that one's hyperparameters have changed.
 
         Args:
-            directions: For each tangent the scalar meta-parameter that it is the derivative for (name, flat index).
+            inner: The functional form of the optimizer that trains. The default ignores it.
 
         Returns:
-            A function with the present meta-parameters, or ``None``. It takes parameters and gradients by name and the
-            optimizer's state, each a tensor or a :class:`~lightning_l2l.functional.dual.Dual` (a gradient may be
-            ``None``), and for each direction by how much its scalar moves (0-dim). It returns parameters and state
-            after the step.
+            The learned optimizer itself.
         """
-        return None
-
-    def rate_places(self) -> dict[str, int] | None:
-        """Where nothing but a factor ``exp(offset)`` on learning rates is learned: whose rate is which offset's.
-
-        Such a learned optimizer can be asked by the displacement of the parameters alone
-        (:mod:`lightning_l2l.exact.estimators.displacement`).
-
-        Returns:
-            For each parameter's name the index of its offset in ``"learning_rate"``, the only meta-parameter; ``None``,
-            which is always right, where more is learned, or steps are not proportional to the rate.
-        """
-        return None
+        return self
 
     @property
     def scale_equivariant(self) -> bool:
@@ -119,7 +86,7 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
     def independent_tensors(self) -> bool:
         """Whether the update of a tensor depends on that tensor, its gradient and its state alone.
 
-        A large set of tensors may then be updated in portions, and tensors may join later. ``False`` is always right.
+        A large set of tensors may then be updated in chunks, and tensors may join later. ``False`` is always right.
         """
         return False
 
@@ -151,13 +118,36 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
 
     @torch.no_grad()
     def set_(self, values: Mapping[str, Tensor]) -> None:
-        """Sets meta-parameters in place, by name."""
+        """Sets meta-parameters in place, by name; those that are not named keep their values."""
         for name, parameter in self.named_parameters():
             if name in values:
                 parameter.copy_(values[name])
 
     def project_(self) -> None:  # noqa: B027  (a default, not a forgotten implementation)
         """Puts the meta-parameters back into their bounds, in place; called after each meta-update."""
+
+    def as_torch_optimizer(
+        self, params: Iterable[Any], lr: float = 1.0, weight_decay: float = 0.0
+    ) -> LearnedTorchOptimizer:
+        """This optimizer as a ``torch.optim.Optimizer``, for ``configure_optimizers`` or any training loop.
+
+        Args:
+            params: Parameters, named parameters or parameter groups (with their own ``lr`` and ``weight_decay``).
+            lr: A factor on the learned step, for schedulers.
+            weight_decay: Decoupled weight decay: a parameter shrinks by the fraction ``lr * weight_decay`` each step.
+
+        Returns:
+            The optimizer; this object stays its source of meta-parameters.
+
+        Example:
+            >>> import torch
+            >>> from lightning_l2l import SmallFCOptimizer
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = SmallFCOptimizer().as_torch_optimizer(model.parameters())
+            >>> model(torch.ones(2, 3)).square().mean().backward()
+            >>> optimizer.step()
+        """
+        return LearnedTorchOptimizer(params, self, lr=lr, weight_decay=weight_decay)
 
     def configuration(self) -> dict[str, Any]:
         """The arguments that :meth:`from_configuration` makes such an optimizer from, as plain data.
@@ -182,9 +172,13 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
             TypeError: A class that is not registered, or a configuration that is not plain data.
             OSError: The file cannot be written.
         """
-        from lightning_l2l.learned import file
-
-        file.save(self, path)
+        name = type(self).__name__
+        if _CLASSES.get(name) is not type(self):
+            raise TypeError(
+                f"{name} is not registered, so nobody could load the file. Decorate the class with "
+                "lightning_l2l.learned.register_learned_optimizer."
+            )
+        file.write(file.Content(name, self.configuration(), self.state_dict(), self.horizon, self.tasks), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -195,36 +189,83 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
             ValueError: It is not a file of ours, incomplete, changed, of a newer format, of an unknown class or of
                 another class than this one, or its weights do not fit its configuration.
         """
-        from lightning_l2l.learned import file
-
-        learned = file.load(path)
-        if not isinstance(learned, cls):
+        content = file.read(path)
+        known = _CLASSES.get(content.class_name)
+        if known is None:
             raise ValueError(
-                f"{path} holds a {type(learned).__name__}, not a {cls.__name__}; LearnedOptimizer.load reads any."
+                f"{path} holds a {content.class_name!r}, which is not known here. Known: {', '.join(sorted(_CLASSES))}."
+                " If the class is yours, import its module and decorate it with "
+                "lightning_l2l.learned.register_learned_optimizer."
             )
+        if not issubclass(known, cls):
+            raise ValueError(f"{path} holds a {known.__name__}, not a {cls.__name__}; LearnedOptimizer.load reads any.")
+        return known._of(content, path)
+
+    @classmethod
+    def _of(cls, content: file.Content, path: Any) -> Self:
+        try:
+            # Without memory first: the sizes in the header are anybody's, and must be those of the tensors.
+            with torch.device("meta"):
+                expected = _shapes(cls.from_configuration(content.configuration).state_dict())
+            found = _shapes(content.tensors)
+            if expected == found:
+                with torch.random.fork_rng(devices=[]):
+                    learned = cls.from_configuration(content.configuration)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"{path} has a configuration that this version's {cls.__name__} does not take: {error}"
+            ) from error
+        if expected != found:
+            wrong = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ValueError(
+                f"{path} does not fit together: its configuration makes a {cls.__name__} with shape "
+                f"{expected.get(wrong, 'nothing')} for {wrong!r}, but the file has {found.get(wrong, 'nothing')}."
+            )
+        learned.load_state_dict(content.tensors, assign=True)
+        learned.horizon, learned.tasks = content.horizon, content.tasks
         return learned
 
-    def as_torch_optimizer(
-        self, params: Iterable[Any], lr: float = 1.0, weight_decay: float = 0.0
-    ) -> LearnedTorchOptimizer:
-        """This optimizer as a ``torch.optim.Optimizer``, for ``configure_optimizers`` or any training loop.
 
-        Args:
-            params: Parameters, named parameters or parameter groups (with their own ``lr`` and ``weight_decay``).
-            lr: A factor on the learned step, for schedulers.
-            weight_decay: Decoupled weight decay: a parameter shrinks by the fraction ``lr * weight_decay`` each step.
+_CLASSES: dict[str, type[LearnedOptimizer]] = {}
+_Class = TypeVar("_Class", bound=type[LearnedOptimizer])
 
-        Returns:
-            The optimizer; this object stays its source of meta-parameters.
 
-        Example:
-            >>> import torch
-            >>> from lightning_l2l import TinyOptimizer
-            >>> model = torch.nn.Linear(3, 1)
-            >>> optimizer = TinyOptimizer().as_torch_optimizer(model.parameters())
-            >>> model(torch.ones(2, 3)).square().mean().backward()
-            >>> optimizer.step()
-        """
-        from lightning_l2l.learned.torch_optimizer import LearnedTorchOptimizer
+def register_learned_optimizer(cls: _Class) -> _Class:
+    """Lets files name a class of yours; usable as a decorator.
 
-        return LearnedTorchOptimizer(params, self, lr=lr, weight_decay=weight_decay)
+    The class is known by its bare name. Its ``configuration()`` must return the arguments of its constructor as
+    strings, numbers, booleans, lists and dictionaries. Register before loading, wherever the class is defined.
+
+    Args:
+        cls: A subclass of :class:`~lightning_l2l.LearnedOptimizer`.
+
+    Returns:
+        The class itself.
+
+    Raises:
+        TypeError: It is no such class.
+        ValueError: Another class has the same name.
+
+    Example:
+        >>> import torchopt
+        >>> @register_learned_optimizer
+        ... class MyDescent(LearnedOptimizer):
+        ...     def configuration(self):
+        ...         return {}
+        ...     def transformation(self):
+        ...         return torchopt.sgd(lr=0.1)
+    """
+    if not (isinstance(cls, type) and issubclass(cls, LearnedOptimizer)):
+        raise TypeError(f"register_learned_optimizer needs a subclass of LearnedOptimizer, got {cls!r}.")
+    known = _CLASSES.get(cls.__name__)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(
+            f"The name {cls.__name__!r} is taken by {known.__module__}.{known.__qualname__}: files could not tell "
+            "the two apart. Rename your class."
+        )
+    _CLASSES[cls.__name__] = cls
+    return cls
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -1,28 +1,38 @@
 """Hyperparameters of the optimizer that trains, as meta-parameters: rates, momenta, decays.
 
-A meta-parameter is an offset from the value that the live optimizer has now; at offset 0 the value is that
-one, to the last bit. So the scheduler keeps its say, and a learned optimizer that has learned nothing changes
-nothing.
+A meta-parameter is an offset from the value that the live optimizer has now; at offset 0 the value is that one, to the
+last bit. So the scheduler goes on underneath, and a learned optimizer that has learned nothing changes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from lightning_l2l.functional import InnerOptimizer
-from lightning_l2l.functional.dual import Dual
-from lightning_l2l.learned.attached import Per, described, places_of, rearranged, rebuilt, slots_of, sources_of
-from lightning_l2l.learned.base import DualStep, LearnedOptimizer
+from lightning_l2l.functional import InnerOptimizer, ParameterGroup, Rule, inner_optimizer
+from lightning_l2l.learned.base import LearnedOptimizer
 from lightning_l2l.learned.parametrisation import PARAMETRISATIONS, parametrisations
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Per = Literal["optimizer", "group", "tensor"]
+
+# Those that a file can name.
+_CLASSES = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+)
 
 
 class LearnedHyperparameters(LearnedOptimizer):
@@ -72,7 +82,6 @@ class LearnedHyperparameters(LearnedOptimizer):
         per: Per = "group",
         bounds: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
-        """See the class."""
         super().__init__()
         if per not in ("optimizer", "group", "tensor"):
             raise ValueError(f"per must be 'optimizer', 'group' or 'tensor', got {per!r}.")
@@ -100,7 +109,7 @@ class LearnedHyperparameters(LearnedOptimizer):
                 weight decay of 0 stays 0 as a factor) or is out of bounds; later, groups or tensors have
                 gone.
         """
-        slots = slots_of(inner, self.per)
+        slots = self._slots_of(inner)
         for name, how in self._learned.items():
             if how.key not in inner.rule.learnable:
                 there = [n for n, p in PARAMETRISATIONS.items() if p.key in inner.rule.learnable]
@@ -110,67 +119,26 @@ class LearnedHyperparameters(LearnedOptimizer):
                 )
             # Only at first: later a schedule may well pass through 0, or learning end at a bound.
             if self._inner is None:
-                how.refuse(name, [group.hyperparameters for group in inner.groups])
-        try:
-            sources = {name: sources_of(slots, self._parameters[name], self._slots) for name in self._learned}
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__} {error}") from None
-        for name, source in sources.items():
-            self._parameters[name] = rearranged(self._parameters[name], source)
+                how.validate(name, [group.hyperparameters for group in inner.groups])
+        offsets = {name: self._parameters[name] for name in self._learned}
+        moved = {name: self._rearranged(offset, slots) for name, offset in offsets.items()}
+        for name, values in moved.items():
+            offset = offsets[name]
+            if offset is None:
+                self._parameters[name] = torch.nn.Parameter(values)
+            elif not torch.equal(values, offset):
+                offset.data, offset.grad = values, None
         self._inner, self._slots = inner, slots
         return self
 
     def transformation(self) -> GradientTransformation:
         """The attached optimizer with the learned values in place; differentiable in the meta-parameters."""
-        return self._attached().transformation(self._group_values([self._cells(n).unbind() for n in self._learned]))
-
-    def dual_step(self, directions: Sequence[tuple[str, int]]) -> DualStep | None:
-        """The attached optimizer's step over dual numbers, if its rule has them."""
-        inner = self._attached()
-        if not inner.rule.dual_numbers:
-            return None
-        cells = [self._dual_cells(name, directions) for name in self._learned]
-
-        def step(parameters: Any, gradients: Any, state: Any, by: Sequence[Tensor]) -> tuple[dict[str, Any], Any]:
-            moving = [[_scaled(cell, by) for cell in of_one] for of_one in cells]
-            return inner.step(self._group_values(moving), parameters, gradients, state)
-
-        return step
-
-    def _dual_cells(self, name: str, directions: Sequence[tuple[str, int]]) -> list[Dual]:
-        """The values of one hyperparameter; a tangent only where its own offset moves, for a unit of that."""
-        offset = self.get_parameter(name).detach().double()
-        # The derivative of every value by its own offset, and then for each direction the one entry that it moves.
-        duals = self._values_at(name, Dual(offset, (torch.ones_like(offset),)))
-        assert duals.tangents[0] is not None
-        cells = []
-        for index, (value, slope) in enumerate(zip(duals.value.unbind(), duals.tangents[0].unbind(), strict=True)):
-            # With per="optimizer" one offset stands for all the values.
-            own = (name, index if len(offset) > 1 else 0)
-            cells.append(Dual(value, [slope if direction == own else None for direction in directions]))
-        return cells
-
-    def _group_values(self, cells: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-        """For each group the learned values by ``torch.optim``'s keys, from all values of each hyperparameter."""
-        groups = self._attached().groups
-        values: list[dict[str, Any]] = [{} for _ in groups]
-        for how, of_all in zip(self._learned.values(), cells, strict=True):
-            rest = iter(of_all)
-            for group, found in zip(groups, values, strict=True):
-                found[how.key] = self._of_group(group.names, rest)
-        return values
+        return self._attached().transformation(self._by_group([self._values_of(n).unbind() for n in self._learned]))
 
     @property
     def scale_equivariant(self) -> bool:
         """Whether the attached optimizer is (SGD)."""
         return self._attached().scale_equivariant
-
-    def rate_places(self) -> dict[str, int] | None:
-        """The offsets of ``"learning_rate"`` if that alone is learned, and the attached optimizer's steps are so."""
-        inner = self._attached()
-        if list(self._learned) != ["learning_rate"] or not inner.rule.proportional_to_rate:
-            return None
-        return places_of(inner, self.per)
 
     def scaled_rate(self, factor: float) -> dict[str, Tensor] | None:
         """The offset of ``"learning_rate"``, moved by ``log(factor)``; ``None`` if that is not learned."""
@@ -200,16 +168,14 @@ class LearnedHyperparameters(LearnedOptimizer):
             For each group a dictionary from ``torch.optim``'s keys to a float, to a pair of floats
             (``betas``), or, with ``per="tensor"``, to a dictionary from parameter names to those.
         """
-        inner = self._attached()
         # Rounding may leave a value one bit outside [0, 1).
-        values = self._group_values(
-            [[how.nearest(value) for value in self._cells(name).tolist()] for name, how in self._learned.items()]
-        )
-        for group, found in zip(inner.groups, values, strict=True):
+        numbers = [[how.nearest(v) for v in self._values_of(name).tolist()] for name, how in self._learned.items()]
+        groups = self._by_group(numbers)
+        for group, found in zip(self._attached().groups, groups, strict=True):
             if "beta1" in found or "beta2" in found:
                 betas = [found.pop(key, group.hyperparameters[key]) for key in ("beta1", "beta2")]
                 found["betas"] = _paired(*betas)
-        return values
+        return groups
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -228,14 +194,40 @@ class LearnedHyperparameters(LearnedOptimizer):
     def configuration(self) -> dict[str, Any]:
         """The arguments, and the optimizer that this one sits on (``"inner"``, ``None`` before :meth:`attach`)."""
         bounds = {name: [how.minimum, how.maximum] for name, how in self._learned.items()}
-        return {"learn": list(self._learned), "per": self.per, "bounds": bounds, "inner": described(self._inner)}
+        return {"learn": list(self._learned), "per": self.per, "bounds": bounds, "inner": self._described()}
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> Self:
         """An optimizer with these arguments, attached to ``"inner"``."""
         inner = configuration.get("inner")
         learned = cls(**{name: value for name, value in configuration.items() if name != "inner"})
-        return learned if inner is None else learned.attach(rebuilt(inner))
+        if inner is None:
+            return learned
+        rules = _rules()
+        if inner["optimizer"] not in rules:
+            raise ValueError(f"There is no optimizer {inner['optimizer']!r}; these are known: {', '.join(rules)}.")
+        groups = [
+            ParameterGroup(None if group["names"] is None else tuple(group["names"]), dict(group["hyperparameters"]))
+            for group in inner["groups"]
+        ]
+        return learned.attach(InnerOptimizer(rules[inner["optimizer"]], tuple(groups)))
+
+    def _described(self) -> dict[str, Any] | None:
+        """The attached optimizer as strings, numbers, lists and dictionaries."""
+        inner, rules = self._inner, _rules()
+        if inner is None:
+            return None
+        names = [name for name, rule in rules.items() if rule is inner.rule]
+        if not names:
+            raise TypeError(
+                f"The optimizer that these hyperparameters belong to is not one of torch.optim's ({', '.join(rules)}), "
+                "so a file cannot name it. Save its values() instead."
+            )
+        groups = [
+            {"names": None if g.names is None else list(g.names), "hyperparameters": dict(g.hyperparameters)}
+            for g in inner.groups
+        ]
+        return {"optimizer": names[-1], "groups": groups}
 
     def extra_repr(self) -> str:
         """What is learned, and for what."""
@@ -250,26 +242,58 @@ class LearnedHyperparameters(LearnedOptimizer):
             )
         return self._inner
 
-    def _cells(self, name: str) -> Tensor:
-        """The values of one hyperparameter: one for each group, or for each tensor with ``per="tensor"``."""
-        # getattr, not a stored reference: functional_call puts other tensors in this place.
-        cells: Tensor = self._values_at(name, getattr(self, name).double())
-        return cells
+    def _slots_of(self, inner: InnerOptimizer) -> tuple[str, ...]:
+        """A name for each value that is learned: the optimizer's, the groups', or the tensors' own."""
+        if self.per == "optimizer":
+            return ("optimizer",)
+        if self.per == "group":
+            return tuple(f"group {index}" for index in range(len(inner.groups)))
+        if any(group.names is None for group in inner.groups):
+            raise ValueError(
+                "per='tensor' needs to know the tensors: attach mirror(optimizer, model.named_parameters()), or "
+                "inner_optimizer(...).with_names([...]) with their names."
+            )
+        return tuple(name for group in inner.groups for name in group.names or ())
 
-    def _values_at(self, name: str, offset: Any) -> Any:
+    def _rearranged(self, offset: Tensor | None, slots: tuple[str, ...]) -> Tensor:
+        """The offsets for a changed list of slots: those of old slots, and zeros for new ones."""
+        values = torch.zeros(len(slots), dtype=torch.float64)
+        if offset is None:
+            return values
+        # Offsets that were loaded from a file before the first attach are in the order of the slots.
+        before = slots[: len(offset)] if self._slots is None else self._slots
+        gone = [slot for slot in before if slot not in slots]
+        if gone or len(before) != len(offset):
+            raise ValueError(
+                f"{type(self).__name__} was attached to an optimizer with {len(offset)} value(s) to learn and now "
+                f"meets one with {len(slots)}{f' that lacks {gone[0]}' if gone else ''}. Its offsets have nowhere to "
+                "go: make a new one for another optimizer."
+            )
+        values = values.to(offset)
+        values[[slots.index(slot) for slot in before]] = offset.detach()
+        return values
+
+    def _values_of(self, name: str) -> Tensor:
+        """The values of one hyperparameter: one for each group, or for each tensor with ``per="tensor"``."""
         how = self._learned[name]
-        counts = [len(group.names or ()) if self.per == "tensor" else 1 for group in self._attached().groups]
+        # getattr, not a stored reference: functional_call puts other tensors in this place.
+        offset = getattr(self, name).double()
         bases = [
             float(group.hyperparameters[how.key])
-            for group, count in zip(self._attached().groups, counts, strict=True)
-            for _ in range(count)
+            for group in self._attached().groups
+            for _ in (group.names or () if self.per == "tensor" else ("the group",))
         ]
         return how.value(torch.tensor(bases, dtype=torch.float64, device=offset.device), offset)
 
-    def _of_group(self, names: tuple[str, ...] | None, cells: Iterator[Any]) -> Any:
-        if self.per != "tensor":
-            return next(cells)
-        return {name: next(cells) for name in names or ()}
+    def _by_group(self, values: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+        """For each group the learned values by ``torch.optim``'s keys, from all values of each hyperparameter."""
+        groups = self._attached().groups
+        found: list[dict[str, Any]] = [{} for _ in groups]
+        for how, of_all in zip(self._learned.values(), values, strict=True):
+            rest = iter(of_all)
+            for group, own in zip(groups, found, strict=True):
+                own[how.key] = {n: next(rest) for n in group.names or ()} if self.per == "tensor" else next(rest)
+        return found
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # Before the first attach there are no parameters to load into: make them in the saved shape.
@@ -280,8 +304,48 @@ class LearnedHyperparameters(LearnedOptimizer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _scaled(cell: Dual, by: Sequence[Tensor]) -> Dual:
-    return Dual(cell.value, [None if t is None else t * far for t, far in zip(cell.tangents, by, strict=True)])
+class LearnedStepSize(LearnedHyperparameters):
+    """Learns the learning rate of the optimizer that trains, as a positive factor on what the scheduler says.
+
+    The meta-parameter ``learning_rate`` is the logarithm of that factor (float64, zero at first): meta-steps
+    are relative, the rate cannot become negative, and the schedule goes on underneath. The paper learns a
+    scalar step size by gradient descent on a meta-objective (arXiv 2006.16495, section 2); the logarithm is
+    ours.
+
+    Args:
+        per: One factor for the whole optimizer, for each parameter group, or for each tensor.
+        minimum: Smallest rate that may be learned (before the schedule).
+        maximum: Largest rate that may be learned (before the schedule).
+
+    Raises:
+        ValueError: Unknown ``per``, or bounds that are no interval above 0.
+
+    Example:
+        >>> import torch
+        >>> from lightning_l2l.functional import inner_optimizer
+        >>> learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=0.1))
+        >>> learned.learning_rate.tolist(), learned.values()
+        ([0.0], [{'lr': 0.1}])
+        >>> parameters = {"w": torch.tensor([1.0])}
+        >>> optimizer = learned.transformation()
+        >>> updates, _ = optimizer.update({"w": torch.tensor([3.0])}, optimizer.init(parameters), params=parameters)
+        >>> updates["w"].sum().backward()  # d(-lr * 3) / d log lr
+        >>> round(learned.learning_rate.grad.item(), 6)
+        -0.3
+    """
+
+    def __init__(self, per: Per = "group", minimum: float = 1e-10, maximum: float = 1e4) -> None:
+        super().__init__(("learning_rate",), per, {"learning_rate": (minimum, maximum)})
+
+    def configuration(self) -> dict[str, Any]:
+        """The arguments, and the optimizer that this one sits on."""
+        found = super().configuration()
+        minimum, maximum = found["bounds"]["learning_rate"]
+        return {"per": self.per, "minimum": minimum, "maximum": maximum, "inner": found["inner"]}
+
+
+def _rules() -> dict[str, Rule]:
+    return {cls.__name__: inner_optimizer(cls).rule for cls in _CLASSES}
 
 
 def _paired(beta1: Any, beta2: Any) -> Any:

@@ -18,13 +18,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Tensors of one shape.
-
-    Attributes:
-        shape: Their shape.
-        names: Their names.
-    """
+class SameShape:
+    """Tensors of one shape, by name."""
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
@@ -56,7 +51,7 @@ class Layout:
     """Where the elements of a dictionary of tensors lie in one vector of N elements.
 
     Attributes:
-        buckets: The tensors by shape, in the order of the first of each shape.
+        parts: The tensors by shape, in the order of the first of each shape.
 
     Example:
         >>> layout = Layout.of({"w": torch.zeros(2, 3), "b": torch.zeros(2), "v": torch.ones(2, 3)})
@@ -66,7 +61,7 @@ class Layout:
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 3.0, 3.0]
     """
 
-    buckets: tuple[Bucket, ...]
+    parts: tuple[SameShape, ...]
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> Layout:
@@ -76,17 +71,17 @@ class Layout:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The names in the order in which the tensors lie."""
-        return tuple(name for bucket in self.buckets for name in bucket.names)
+        return tuple(name for part in self.parts for name in part.names)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The number of elements of each tensor, in the same order."""
-        return tuple(bucket.size for bucket in self.buckets for _ in bucket.names)
+        return tuple(part.size for part in self.parts for _ in part.names)
 
     @cached_property
     def size(self) -> int:
         """The number of elements N."""
-        return sum(bucket.elements for bucket in self.buckets)
+        return sum(part.elements for part in self.parts)
 
     def flatten(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The tensors as one vector, shape ``(N,)``."""
@@ -99,19 +94,17 @@ class Layout:
         return {name: parts[name].view_as(tensor).to(tensor.dtype) for name, tensor in like.items()}
 
     def split(self, rows: Tensor) -> list[Tensor]:
-        """Views of a tensor of shape ``(..., N)``, one for each bucket, of shape ``(..., tensors, size)``."""
-        if len(self.buckets) == 1:
-            parts: Sequence[Tensor] = (rows,)
+        """Views of a tensor of shape ``(..., N)``, one for each part, of shape ``(..., tensors, size)``."""
+        if len(self.parts) == 1:
+            pieces: Sequence[Tensor] = (rows,)
         else:
-            parts = torch.split(rows, [bucket.elements for bucket in self.buckets], dim=-1)
-        return [
-            part.unflatten(-1, (len(bucket.names), bucket.size))
-            for part, bucket in zip(parts, self.buckets, strict=True)
-        ]
+            pieces = torch.split(rows, [part.elements for part in self.parts], dim=-1)
+        pairs = zip(pieces, self.parts, strict=True)
+        return [piece.unflatten(-1, (len(part.names), part.size)) for piece, part in pairs]
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`split`; shape ``(..., N)``."""
-        flat = [part.flatten(-2) for part in parts]
+        flat = [piece.flatten(-2) for piece in pieces]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def spread(self, values: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
@@ -131,4 +124,4 @@ def _layout(tensors: tuple[tuple[str, torch.Size], ...]) -> Layout:
     names: dict[tuple[int, ...], list[str]] = {}
     for name, shape in tensors:
         names.setdefault(tuple(shape), []).append(name)
-    return Layout(tuple(Bucket(shape, tuple(found)) for shape, found in names.items()))
+    return Layout(tuple(SameShape(shape, tuple(found)) for shape, found in names.items()))

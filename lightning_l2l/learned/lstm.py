@@ -8,9 +8,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_l2l.learned.coordinatewise import CoordinatewiseOptimizer, State
+from lightning_l2l.learned.coordinatewise import (
+    CoordinateNetwork,
+    CoordinatewiseOptimizer,
+    State,
+    scaled_normal_,
+)
 from lightning_l2l.learned.layout import Layout
-from lightning_l2l.learned.network import CoordinateNetwork, initialise_
 
 Preprocessing = Literal["log_and_sign", "raw"]
 _LAYERS = 2
@@ -63,7 +67,6 @@ class LSTMOptimizer(CoordinatewiseOptimizer):
         initial_output: Literal["random", "zero"] = "random",
         normalise_output: bool = False,
     ) -> None:
-        """See the class."""
         super().__init__(step_multiplier, normalise_output)
         if hidden_size < 1:
             raise ValueError(f"hidden_size={hidden_size} must be at least 1.")
@@ -81,7 +84,7 @@ class LSTMOptimizer(CoordinatewiseOptimizer):
         self.gate_weights = nn.ParameterList([torch.empty(4 * hidden_size, n + hidden_size) for n in inputs])
         self.gate_biases = nn.ParameterList([torch.zeros(4 * hidden_size) for _ in inputs])
         for weight in self.gate_weights:
-            initialise_(weight, "scaled")
+            scaled_normal_(weight)
         self.output = CoordinateNetwork((hidden_size, 1), "scaled" if initial_output == "random" else "zero_output")
 
     def configuration(self) -> dict[str, Any]:

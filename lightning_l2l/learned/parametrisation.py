@@ -35,8 +35,16 @@ class Parametrisation(abc.ABC):
         """The offset that gives a value."""
 
     @abc.abstractmethod
-    def refuse(self, name: str, groups: list[Mapping[str, Any]]) -> None:
-        """Raises a ValueError if the live values cannot be learned."""
+    def legal(self, value: float) -> bool:
+        """Whether a value can be reached from another by an offset."""
+
+    @abc.abstractmethod
+    def validate(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raises a ValueError if the live values of the groups cannot be learned."""
+
+    def nearest(self, value: float) -> float:
+        """The nearest value that ``torch.optim`` accepts: rounding may put one a bit outside."""
+        return value
 
     def reference(self, group: Mapping[str, Any]) -> float:
         """The value that the bounds are about: a learning rate's before the schedule, else the live one."""
@@ -46,43 +54,27 @@ class Parametrisation(abc.ABC):
     def offset_limits(self, group: Mapping[str, Any]) -> tuple[float, float]:
         """Smallest and largest offset in a group. Zero, which is the user's own value, is always allowed."""
         base = self.reference(group)
-        if not self.moves(base):
+        if base == 0 and not self.legal(0.0):  # a factor moves it nowhere
             return -math.inf, math.inf
         ends = self.offset(base, self.minimum), self.offset(base, self.maximum)
         return min(0.0, *ends), max(0.0, *ends)
 
-    def with_bounds(self, name: str, minimum: float, maximum: float) -> Parametrisation:
+    def within(self, name: str, minimum: float, maximum: float) -> Parametrisation:
         """The same with other bounds.
 
         Raises:
             ValueError: They are no interval in which the parametrisation works.
         """
         if not self.legal(minimum) or not self.legal(maximum) or minimum >= maximum:
+            domain = "in [0, 1)" if self.legal(0.0) else "above 0"
             raise ValueError(
-                f"The bounds of {name!r} must be an increasing pair of numbers {self.domain}, "
+                f"The bounds of {name!r} must be an increasing pair of numbers {domain}, "
                 f"got ({minimum!r}, {maximum!r})."
             )
         return replace(self, minimum=float(minimum), maximum=float(maximum))
 
-    @property
-    @abc.abstractmethod
-    def domain(self) -> str:
-        """The legal values, in words."""
-
-    @abc.abstractmethod
-    def legal(self, value: float) -> bool:
-        """Whether a value can be reached from another by an offset."""
-
-    def moves(self, base: float) -> bool:
-        """Whether an offset makes a difference."""
-        return True
-
-    @abc.abstractmethod
-    def nearest(self, value: float) -> float:
-        """The nearest value that ``torch.optim`` accepts: rounding may put one a bit outside."""
-
-    def refuse_out_of_bounds(self, name: str, group: Mapping[str, Any]) -> None:
-        """Raises a ValueError if a live value is outside the bounds, which the first projection would move."""
+    def validate_bounds(self, name: str, group: Mapping[str, Any]) -> None:
+        """Raises a ValueError if the live value is outside the bounds, where the first projection would move it."""
         value = self.reference(group)
         if not self.minimum <= value <= self.maximum:
             raise ValueError(
@@ -92,46 +84,34 @@ class Parametrisation(abc.ABC):
 
 
 class Positive(Parametrisation):
-    """``base * exp(offset)``: steps are relative, and the sign cannot change."""
-
-    domain = "above 0"
+    """``base * exp(offset)``: relative steps. A base of 0 stays 0: a frozen group, no weight decay on biases."""
 
     def value(self, base: Tensor, offset: Tensor) -> Tensor:
         """See the class."""
-        return base * torch.exp(offset)
+        return base * offset.exp()
 
     def offset(self, base: float, value: float) -> float:
         """``log(value / base)``."""
         return math.log(value) - math.log(base)
 
-    def moves(self, base: float) -> bool:
-        """Not if the base is 0, which no factor moves: a frozen group, or no weight decay on biases."""
-        return base != 0
-
     def legal(self, value: float) -> bool:
         """Whether it is finite and above 0."""
         return 0.0 < value < math.inf
 
-    def nearest(self, value: float) -> float:
-        """The value itself."""
-        return value
-
-    def refuse(self, name: str, groups: list[Mapping[str, Any]]) -> None:
+    def validate(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuses if every group has 0; a single group with 0 keeps its 0."""
-        moving = [group for group in groups if self.moves(self.reference(group))]
+        moving = [group for group in groups if self.reference(group) != 0]
         if not moving:
             raise ValueError(
                 f"{name!r} is 0 in the optimizer. It is learned as a factor, and a factor times 0 stays 0: start from "
                 f"a small positive value, or leave {name!r} out of what is learned."
             )
         for group in moving:
-            self.refuse_out_of_bounds(name, group)
+            self.validate_bounds(name, group)
 
 
 class UnitInterval(Parametrisation):
     """``1 - (1 - base) * exp(offset)``: relative steps of the distance from 1, i.e. of the averaging time."""
-
-    domain = "in [0, 1)"
 
     def value(self, base: Tensor, offset: Tensor) -> Tensor:
         """See the class; in the form that is exact at offset 0."""
@@ -149,15 +129,15 @@ class UnitInterval(Parametrisation):
         """The value in [0, 1)."""
         return min(max(value, 0.0), math.nextafter(1.0, 0.0))
 
-    def refuse(self, name: str, groups: list[Mapping[str, Any]]) -> None:
-        """Refuses values outside [0, 1), and momentum that is switched off."""
+    def validate(self, name: str, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses values outside the bounds, and momentum that is switched off."""
         for group in groups:
             if self.key in ("momentum", "dampening") and group["momentum"] == 0:
                 raise ValueError(
                     f"{name!r} cannot be learned while the momentum is 0: torch.optim then keeps no momentum buffer. "
                     "Start from a small momentum, for example momentum=0.1."
                 )
-            self.refuse_out_of_bounds(name, group)
+            self.validate_bounds(name, group)
 
 
 # The names that users write, and what they are in torch.optim. The upper ends leave an averaging time of 1e4
@@ -186,15 +166,15 @@ def parametrisations(learn: Sequence[str], bounds: Mapping[str, tuple[float, flo
     limits = dict(bounds)
     if "betas" in limits:
         limits["beta1"] = limits["beta2"] = limits.pop("betas")
+    if not names:
+        raise ValueError("learn is empty: name at least one hyperparameter, for example 'learning_rate'.")
     for name in names:
         if name not in PARAMETRISATIONS:
             raise ValueError(
                 f"There is no hyperparameter {name!r} to learn. Choose from {', '.join(PARAMETRISATIONS)} and betas."
             )
-    if not names:
-        raise ValueError("learn is empty: name at least one hyperparameter, for example 'learning_rate'.")
     for name in limits:
         if name not in names:
             raise ValueError(f"Bounds are given for {name!r}, which is not among what is learned: {names}.")
     found = {name: PARAMETRISATIONS[name] for name in names}
-    return {name: how.with_bounds(name, *limits[name]) if name in limits else how for name, how in found.items()}
+    return {name: how.within(name, *limits[name]) if name in limits else how for name, how in found.items()}

@@ -48,7 +48,6 @@ class TF1RMSProp(torch.optim.Optimizer):
         momentum: float = 0.0,
         eps: float = 1e-10,
     ) -> None:
-        """See the class."""
         for name, value in (("lr", lr), ("eps", eps)):
             if not value >= 0:
                 raise ValueError(f"{name}={value} must not be negative.")

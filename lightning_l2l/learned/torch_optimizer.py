@@ -3,15 +3,51 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchopt.base import GradientTransformation
 
-from lightning_l2l.learned.base import LearnedOptimizer
-from lightning_l2l.learned.cohorts import Cohort, divided
-from lightning_l2l.learned.in_use import CohortInUse, OptimizerInUse
+# Tensors that are updated as one vector may have this many elements: about what the caches hold of it (there are
+# some hundred numbers of features, activations and state for each).
+_LARGEST_CHUNK = 2**16
+
+
+class Learned(Protocol):
+    """What is needed of a :class:`~lightning_l2l.LearnedOptimizer`, which is a module besides."""
+
+    horizon: int | None
+
+    def transformation(self) -> GradientTransformation: ...  # noqa: D102
+
+    @property
+    def accepts_missing_gradients(self) -> bool: ...  # noqa: D102
+
+    @property
+    def independent_tensors(self) -> bool: ...  # noqa: D102
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...  # noqa: D102
+
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...  # noqa: D102
+
+
+@dataclass
+class Chunk:
+    """Parameters that are updated together.
+
+    Attributes:
+        keys: Their names in the optimizer.
+        state: The state of the learned optimizer's transformation for them.
+    """
+
+    keys: tuple[str, ...]
+    state: Any
 
 
 class LearnedTorchOptimizer(torch.optim.Optimizer):
@@ -33,18 +69,12 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay, relative to ``lr``.
 
     Raises:
-        TypeError: ``learned`` is no learned optimizer.
         ValueError: A negative number, or the meta-parameters are among the parameters.
     """
 
-    def __init__(
-        self, params: Iterable[Any], learned: LearnedOptimizer, lr: float = 1.0, weight_decay: float = 0.0
-    ) -> None:
-        """See the class."""
-        if not isinstance(learned, LearnedOptimizer):
-            raise TypeError(f"learned must be a LearnedOptimizer, got {type(learned).__name__}.")
+    def __init__(self, params: Iterable[Any], learned: Learned, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         self.learned = learned
-        self._cohorts: list[Cohort] = []
+        self._chunks: list[Chunk] = []
         self._parameters: dict[str, Tensor] = {}
         self._groups: dict[str, int] = {}
         self._steps = 0
@@ -90,60 +120,81 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._enrol()
         transformation = self.learned.transformation()
-        for cohort in self._cohorts:
-            parameters = {key: self._parameters[key] for key in cohort.keys}
-            gradients = {key: parameter.grad for key, parameter in parameters.items()}
-            if all(gradient is None for gradient in gradients.values()):
+        for chunk in self.chunks():
+            parameters = {key: self._parameters[key] for key in chunk.keys}
+            gradients: dict[str, Tensor | None] = {key: parameter.grad for key, parameter in parameters.items()}
+            moving = [key for key, gradient in gradients.items() if gradient is not None]
+            if not moving:
                 continue
-            given: Mapping[str, Tensor | None] = gradients
             if not self.learned.accepts_missing_gradients:
-                given = {key: torch.zeros_like(parameters[key]) if g is None else g for key, g in gradients.items()}
-            updates, cohort.state = transformation.update(given, cohort.state, params=parameters, inplace=False)
-            self._apply(parameters, gradients, updates)
+                gradients = {key: torch.zeros_like(parameters[key]) if g is None else g for key, g in gradients.items()}
+            updates, chunk.state = transformation.update(gradients, chunk.state, params=parameters, inplace=False)
+            self._apply(moving, updates)
         self._steps += 1
         self._warn_beyond_horizon()
         return loss
 
-    def _apply(
-        self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], updates: Mapping[str, Any]
-    ) -> None:
-        moving: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-        for key, gradient in gradients.items():
-            if gradient is None:
-                continue
+    def _apply(self, moving: Sequence[str], updates: Mapping[str, Any]) -> None:
+        by_group: dict[int, list[str]] = {}
+        for key in moving:
             if updates.get(key) is None:
                 raise ValueError(
                     f"The learned optimizer has no update for parameter {key!r}, which would stay where it is for "
                     "ever. A LearnedHyperparameters that was attached to named parameters needs the names: "
                     "as_torch_optimizer(model.named_parameters())."
                 )
-            movers, moves = moving.setdefault(self._groups[key], ([], []))
-            movers.append(parameters[key])
-            moves.append(updates[key])
-        for index, (movers, moves) in moving.items():
+            by_group.setdefault(self._groups[key], []).append(key)
+        for index, keys in by_group.items():
             lr, decay = float(self.param_groups[index]["lr"]), float(self.param_groups[index]["weight_decay"])
+            parameters = [self._parameters[key] for key in keys]
             if decay:
-                torch._foreach_mul_(movers, 1.0 - lr * decay)
-            torch._foreach_add_(movers, moves, alpha=lr)
+                torch._foreach_mul_(parameters, 1.0 - lr * decay)
+            torch._foreach_add_(parameters, [updates[key] for key in keys], alpha=lr)
 
-    def _enrol(self) -> None:
-        """Cohorts for trainable parameters that are in none yet."""
-        enrolled = {key for cohort in self._cohorts for key in cohort.keys}
-        if len(enrolled) == len(self._parameters):
-            return
-        new = [key for key, p in self._parameters.items() if key not in enrolled and p.requires_grad]
-        if new and enrolled and not self.learned.independent_tensors:
+    def chunks(self) -> list[Chunk]:
+        """The parameters that are updated together, with their states; a new one for those that are in none yet.
+
+        A state may be shared, but is never changed in place: a step puts another one in its place.
+
+        Raises:
+            ValueError: Parameters join late, and the learned optimizer updates all of them together.
+        """
+        known = {key for chunk in self._chunks for key in chunk.keys}
+        if len(known) == len(self._parameters):
+            return self._chunks
+        new = [key for key, p in self._parameters.items() if key not in known and p.requires_grad]
+        if new and known and not self.learned.independent_tensors:
             raise ValueError(
                 f"{type(self.learned).__name__} updates all parameters together, so parameters cannot join after the "
                 "first step. Pass and unfreeze all of them at the beginning, or declare independent_tensors if each "
                 "tensor's update depends on that tensor alone."
             )
         transformation = self.learned.transformation()
-        for keys in divided(new, self._parameters, self.learned.independent_tensors):
+        for keys in self._divided(new):
             state = transformation.init({key: self._parameters[key].detach() for key in keys})
-            self._cohorts.append(Cohort(keys, state))
+            self._chunks.append(Chunk(keys, state))
+        return self._chunks
+
+    def _divided(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
+        """In chunks that are on one device and not too large, if it makes no difference to the update."""
+        if not self.learned.independent_tensors:
+            return [tuple(keys)] if keys else []
+        chunks: list[list[str]] = []
+        filling: dict[torch.device, tuple[list[str], int]] = {}
+        for key in keys:
+            parameter = self._parameters[key]
+            names, elements = filling.get(parameter.device, ([], 0))
+            if not names or elements + parameter.numel() > _LARGEST_CHUNK:
+                names, elements = [], 0
+                chunks.append(names)
+            names.append(key)
+            filling[parameter.device] = (names, elements + parameter.numel())
+        return [tuple(names) for names in chunks]
+
+    def placed(self, key: str) -> tuple[Tensor, dict[str, Any]]:
+        """The parameter that has this name in the optimizer, and its group."""
+        return self._parameters[key], self.param_groups[self._groups[key]]
 
     def _warn_beyond_horizon(self) -> None:
         horizon = self.learned.horizon
@@ -156,53 +207,15 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
                 stacklevel=3,
             )
 
-    def mirror(self, named_parameters: Iterable[tuple[str, Tensor]]) -> OptimizerInUse:
-        """What the next steps would do, as a pure function; for meta-training in the user's own run.
-
-        Rates and decays are read now: mirror again after a scheduler has moved them.
-
-        Args:
-            named_parameters: The module's ``named_parameters()``.
-
-        Returns:
-            A learned optimizer with the same meta-parameters (the very tensors), for
-            :func:`lightning_l2l.meta_gradient`, with :meth:`read_state` as its state.
-
-        Raises:
-            ValueError: A trainable parameter is not among ``named_parameters``.
-        """
-        self._enrol()
-        names: dict[int, str] = {}
-        for name, parameter in named_parameters:
-            names.setdefault(id(parameter), name)
-        for key in (key for cohort in self._cohorts for key in cohort.keys):
-            if id(self._parameters[key]) not in names:
-                raise ValueError(
-                    f"Parameter {key!r} of the optimizer, shape {tuple(self._parameters[key].shape)}, is not among "
-                    "the named parameters, so an unroll could not reach it. Pass the named_parameters() of the "
-                    "module that holds all parameters of the optimizer."
-                )
-        cohorts = []
-        for cohort in self._cohorts:
-            groups = [self.param_groups[self._groups[key]] for key in cohort.keys]
-            in_module = tuple(names[id(self._parameters[key])] for key in cohort.keys)
-            rates = tuple(float(group["lr"]) for group in groups)
-            decays = tuple(float(group["lr"]) * float(group["weight_decay"]) for group in groups)
-            cohorts.append(CohortInUse(cohort.keys, in_module, rates, decays))
-        return OptimizerInUse(self.learned, cohorts)
-
-    def read_state(self) -> dict[str, Any]:
-        """The state that :meth:`mirror`'s transformation takes. It is shared, but never changed in place."""
-        self._enrol()
-        return {str(number): cohort.state for number, cohort in enumerate(self._cohorts)}
-
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, as plain tensors, numbers, strings, lists and dictionaries."""
-        state = super().state_dict()
-        meta = {name: tensor.detach().clone() for name, tensor in self.learned.state_dict().items()}
-        cohorts = [cohort.state_dict() for cohort in self._cohorts]
-        own = {"class": type(self.learned).__name__, "meta_parameters": meta, "steps": self._steps}
-        return {**state, "learned": {**own, "cohorts": cohorts}}
+        own = {
+            "class": type(self.learned).__name__,
+            "meta_parameters": {name: tensor.detach().clone() for name, tensor in self.learned.state_dict().items()},
+            "steps": self._steps,
+            "chunks": [{"keys": list(chunk.keys), **_saved(chunk.state)} for chunk in self._chunks],
+        }
+        return {**super().state_dict(), "learned": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where another optimizer stood, with its meta-parameters.
@@ -216,7 +229,7 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
                 "This is the state of another optimizer: it has no entry 'learned'. A run that was begun with, say, "
                 "Adam cannot be resumed with a learned optimizer; load the model's weights alone."
             )
-        unknown = [key for cohort in saved["cohorts"] for key in cohort["keys"] if key not in self._parameters]
+        unknown = [key for chunk in saved["chunks"] for key in chunk["keys"] if key not in self._parameters]
         if unknown:
             raise ValueError(
                 f"The state has parameters that this optimizer does not have: {', '.join(unknown[:3])}. Resume with "
@@ -232,9 +245,31 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
             ) from error
         self._steps = saved["steps"]
         transformation = self.learned.transformation()
-        self._cohorts = [Cohort.restored(cohort, transformation, self._parameters) for cohort in saved["cohorts"]]
+        self._chunks = [self._restored(chunk, transformation) for chunk in saved["chunks"]]
+
+    def _restored(self, saved: Mapping[str, Any], transformation: GradientTransformation) -> Chunk:
+        parameters = {key: self._parameters[key].detach() for key in saved["keys"]}
+        device = next(iter(parameters.values())).device
+        state: Any = saved.get("state")
+        if "leaves" in saved:
+            state = optree.tree_unflatten(optree.tree_structure(transformation.init(parameters)), saved["leaves"])
+        state = optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state)
+        return Chunk(tuple(saved["keys"]), state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Also what torch does not know of, for copying and pickling."""
-        own = ("learned", "_cohorts", "_parameters", "_groups", "_steps", "_warned")
+        own = ("learned", "_chunks", "_parameters", "_groups", "_steps", "_warned")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+
+def _saved(state: Any) -> dict[str, Any]:
+    """A state as it is or, if it has torchopt's named tuples, which ``weights_only`` refuses, only its leaves."""
+    return {"state": state} if _is_plain(state) else {"leaves": optree.tree_leaves(state)}
+
+
+def _is_plain(tree: Any) -> bool:
+    if type(tree) is dict:
+        return all(isinstance(key, str) and _is_plain(value) for key, value in tree.items())
+    if type(tree) in (list, tuple):
+        return all(_is_plain(value) for value in tree)
+    return tree is None or isinstance(tree, (Tensor, bool, int, float, str))

@@ -63,6 +63,5 @@ def _found(folder: Path, name: str, kind: str) -> Path:
             return candidate
     raise FileNotFoundError(
         f"There is no {candidates[0].name} (or {candidates[1].name}) in {folder}. MNIST is not downloaded: put its "
-        "four "
-        "standard files into a folder and name that folder."
+        "four standard files into a folder and name that folder."
     )

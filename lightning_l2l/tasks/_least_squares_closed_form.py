@@ -1,12 +1,13 @@
-r"""Gradient descent on least squares in closed form: one eigendecomposition, then O(r) per step size and any t.
+r"""Least squares from ``w_0 = 0``: gradient descent in closed form, and SGD step by step with its derivative.
 
-From ``w_0 = 0`` the iterates of gradient descent on ``1/(2n) |y - X w|^2`` stay in the row space of X. With
+The iterates of gradient descent on ``1/(2n) |y - X w|^2`` stay in the row space of X. With
 ``H = X'X/n = V diag(s) V'`` and ``beta = V'X'y/n`` their coordinates in the eigenvectors are
 
     V'w_t = phi(s) beta,      phi(s) = (1 - (1 - eta s)^t) / s,      d phi / d eta = t (1 - eta s)^(t-1),
 
-and every quantity here follows. The eigenvectors come from the smaller of ``XX'/n`` and ``X'X/n``; r is the
-smaller of the number of samples and the dimension. Shapes: m tasks, g step sizes, n samples, r eigenvalues.
+and every quantity here follows, at O(r) per step size and any t. The eigenvectors come from the smaller of ``XX'/n``
+and ``X'X/n``; r is the smaller of the number of samples and the dimension. Shapes: m tasks, g step sizes, n samples,
+d dimensions.
 
 Source: Wang, Yuan, Wu, Ge (ICML 2021), section 4; the formulas are linear algebra.
 """
@@ -20,108 +21,71 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class FinalLoss:
-    """A loss after t steps and its derivatives in the step size, before truncation; each ``[m, g]``.
-
-    Attributes:
-        loss: The loss L.
-        gradient: dL / d eta.
-        log_loss: log L, finite where L itself underflows if the closed form computed it.
-        log_gradient: d log L / d eta.
-        population_error: ``|w_t - w*|^2``.
-        truncated_step: First step whose iterate left the ball, ``-1`` for never; int64.
-    """
+class Final:
+    """A loss L after t steps and its derivatives in the step size, before truncation; each ``[m, g]``."""
 
     loss: Tensor
     gradient: Tensor
-    log_loss: Tensor
+    log_loss: Tensor  # finite where L itself underflows, if the closed form of the training loss computed it
     log_gradient: Tensor
     population_error: Tensor
-    truncated_step: Tensor
+    truncated_step: Tensor  # the first step whose iterate left the ball, -1 for never; int64
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Many least-squares tasks in the eigenvectors of their training data; float64.
+    """Many least-squares tasks in the eigenvectors of their training data; float64."""
 
-    Attributes:
-        eigenvalues: s, ``[m, r]``, of the Hessian ``X'X/n``.
-        slopes: beta, ``[m, r]``: the negative gradient at zero.
-        energies: ``beta^2 / s``, ``[m, r]``: twice what fitting this direction takes off the loss.
-        floor: ``[m]``, the least training loss over all w; exactly zero where n <= d.
-        overlaps: ``V'w*``, ``[m, r]``.
-        solution_norm: ``|w*|^2``, ``[m]``.
-        validation_inputs: ``X_validation V``, ``[m, n_validation, r]``, or ``None``.
-        validation_targets: ``[m, n_validation]``, or ``None``.
-    """
-
-    eigenvalues: Tensor
-    slopes: Tensor
-    energies: Tensor
-    floor: Tensor
-    overlaps: Tensor
-    solution_norm: Tensor
-    validation_inputs: Tensor | None
-    validation_targets: Tensor | None
+    eigenvalues: Tensor  # s, [m, r], of the Hessian X'X/n, ascending
+    slopes: Tensor  # beta, [m, r]: the negative gradient at zero
+    energies: Tensor  # beta^2 / s, [m, r]: twice what fitting this direction takes off the loss
+    floor: Tensor  # [m], the least training loss over all w; exactly zero where n <= d
+    overlaps: Tensor  # V'w*, [m, r]
+    solution_norm: Tensor  # |w*|^2, [m]
+    validation_inputs: Tensor  # X_validation V, [m, n_validation, r]
+    validation_targets: Tensor  # [m, n_validation]
 
 
 def decompose(
-    inputs: Tensor,
-    targets: Tensor,
-    solution: Tensor,
-    validation_inputs: Tensor | None,
-    validation_targets: Tensor | None,
+    inputs: Tensor, targets: Tensor, solution: Tensor, validation_inputs: Tensor, validation_targets: Tensor
 ) -> Spectrum:
     """Diagonalise the training data of every task, in the data's dtype, which sets the accuracy and the cost.
 
-    The result is in float64: what follows is cheap, and a search over the step size then sees a smooth
-    function.
+    The result is in float64: what follows is cheap, and a search over the step size then sees a smooth function.
 
     Args:
         inputs: X, ``[m, n, d]``.
         targets: y, ``[m, n]``.
         solution: w*, ``[m, d]``.
-        validation_inputs: ``[m, n_validation, d]``, or ``None``.
-        validation_targets: ``[m, n_validation]``, or ``None``.
+        validation_inputs: ``[m, n_validation, d]``; there may be none.
+        validation_targets: ``[m, n_validation]``.
     """
     samples, dimension = inputs.shape[1:]
     if samples <= dimension:
-        gram = inputs @ inputs.mT / samples
-        eigenvalues, vectors = torch.linalg.eigh(gram)
+        eigenvalues, vectors = torch.linalg.eigh(inputs @ inputs.mT / samples)
         eigenvalues = eigenvalues.clamp_min(0.0)
         # V = X'Q / sqrt(n s); a direction with s = 0 is not in the row space and takes no part.
-        length = (samples * eigenvalues).sqrt()
-        inverse = torch.where(_present(eigenvalues), 1.0 / length, 0.0)
+        inverse = torch.where(_present(eigenvalues), 1.0 / (samples * eigenvalues).sqrt(), 0.0)
         labels = _coordinates(vectors, targets)
         slopes = (eigenvalues / samples).sqrt() * labels
         energies = labels.square() / samples
         floor = torch.zeros_like(targets[:, 0])
         overlaps = inverse * _coordinates(vectors, (inputs @ solution[..., None])[..., 0])
-        seen = None
-        if validation_inputs is not None:
-            seen = (validation_inputs @ inputs.mT) @ (vectors * inverse[:, None, :])
+        seen = (validation_inputs @ inputs.mT) @ (vectors * inverse[:, None, :])
     else:
-        hessian = inputs.mT @ inputs / samples
-        eigenvalues, vectors = torch.linalg.eigh(hessian)
+        eigenvalues, vectors = torch.linalg.eigh(inputs.mT @ inputs / samples)
         eigenvalues = eigenvalues.clamp_min(0.0)
         slopes = _coordinates(vectors, (inputs.mT @ targets[..., None])[..., 0] / samples)
         energies = torch.where(_present(eigenvalues), slopes.square() / eigenvalues, 0.0)
         floor = 0.5 * (targets.square().mean(-1) - energies.sum(-1)).clamp_min(0.0)
         overlaps = _coordinates(vectors, solution)
-        seen = None if validation_inputs is None else validation_inputs @ vectors
-    return Spectrum(
-        eigenvalues.double(),
-        slopes.double(),
-        energies.double(),
-        floor.double(),
-        overlaps.double(),
-        solution.double().square().sum(-1),
-        None if seen is None else seen.double(),
-        None if validation_targets is None else validation_targets.double(),
-    )
+        seen = validation_inputs @ vectors
+    norm = solution.double().square().sum(-1)
+    parts = (eigenvalues, slopes, energies, floor, overlaps, norm, seen, validation_targets)
+    return Spectrum(*(part.double() for part in parts))
 
 
-def evaluate(spectrum: Spectrum, step_sizes: Tensor, steps: int, *, on_validation: bool, radius: float) -> FinalLoss:
+def descend(spectrum: Spectrum, step_sizes: Tensor, steps: int, *, on_validation: bool, radius: float) -> Final:
     """Loss after ``steps`` of gradient descent from zero, for each task and step size.
 
     Values of truncated runs are whatever the formulas give (possibly inf or NaN); the caller replaces them.
@@ -130,56 +94,89 @@ def evaluate(spectrum: Spectrum, step_sizes: Tensor, steps: int, *, on_validatio
         spectrum: From :func:`decompose`.
         step_sizes: eta, ``[g]``, float64.
         steps: t, at least 1.
-        on_validation: Judge on the validation samples instead of the training samples.
+        on_validation: Evaluate the loss on the validation samples instead of the training samples.
         radius: Iterates with a norm of at least this are truncated.
     """
-    s = spectrum.eigenvalues[:, None, :]  # [m, 1, r]
-    beta = spectrum.slopes[:, None, :]
+    s, beta = spectrum.eigenvalues[:, None, :], spectrum.slopes[:, None, :]  # [m, 1, r]
     eta = step_sizes[None, :, None]  # [1, g, 1]
     coordinates = beta * _phi(eta, s, steps)  # V'w_t, [m, g, r]
-    tangents = beta * (steps * _power(eta * s, steps - 1))  # d V'w_t / d eta
     if on_validation:
-        assert spectrum.validation_inputs is not None and spectrum.validation_targets is not None
-        count = spectrum.validation_targets.shape[1]
+        tangents = beta * (steps * _power(eta * s, steps - 1))  # d V'w_t / d eta
         residual = spectrum.validation_targets[..., None] - spectrum.validation_inputs @ coordinates.mT
-        slope = spectrum.validation_inputs @ tangents.mT  # [m, n_validation, g]
-        loss = residual.square().sum(1) / (2 * count)
-        gradient = -(residual * slope).sum(1) / count
+        loss = 0.5 * residual.square().mean(1)
+        gradient = -(residual * (spectrum.validation_inputs @ tangents.mT)).mean(1)
         log_loss, log_gradient = loss.log(), gradient / loss
     else:
-        factor = _power(eta * s, 2 * steps)
-        loss = spectrum.floor[:, None] + 0.5 * (spectrum.energies[:, None, :] * factor).sum(-1)
+        loss = spectrum.floor[:, None] + 0.5 * (spectrum.energies[:, None, :] * _power(eta * s, 2 * steps)).sum(-1)
         gradient = -steps * (beta.square() * _power(eta * s, 2 * steps - 1)).sum(-1)
         log_loss, log_gradient = _log_training_loss(spectrum, eta, steps)
-    error = (
-        spectrum.solution_norm[:, None]
-        - 2.0 * (coordinates * spectrum.overlaps[:, None, :]).sum(-1)
-        + coordinates.square().sum(-1)
-    )
-    truncated = first_truncated_step(spectrum, step_sizes, steps, radius)
-    return FinalLoss(loss, gradient, log_loss, log_gradient, error, truncated)
+    overlap = (coordinates * spectrum.overlaps[:, None, :]).sum(-1)
+    error = spectrum.solution_norm[:, None] - 2.0 * overlap + coordinates.square().sum(-1)
+    truncated = _first_truncated_step(spectrum, step_sizes, steps, radius)
+    return Final(loss, gradient, log_loss, log_gradient, error, truncated)
 
 
-def first_truncated_step(spectrum: Spectrum, step_sizes: Tensor, steps: int, radius: float) -> Tensor:
+def sgd(
+    training: tuple[Tensor, Tensor],
+    evaluation: tuple[Tensor, Tensor],
+    solution: Tensor,
+    step_sizes: Tensor,
+    order: Tensor,
+    *,
+    radius: float,
+) -> Final:
+    """Loss after SGD from zero, and its derivative, with the tangents ``u_k = d w_k / d eta`` carried along.
+
+    All tasks and all step sizes advance together and see the same samples, so that curves over the step size are
+    smooth. Memory is constant in the number of steps.
+
+    Args:
+        training: X ``[m, n, d]`` and y ``[m, n]``.
+        evaluation: The same for what the loss is evaluated on.
+        solution: w*, ``[m, d]``.
+        step_sizes: eta, ``[g]``.
+        order: Sample indices of each step, ``[m, t, b]``.
+        radius: Iterates with a norm of at least this are truncated; the run rests at its last iterate inside.
+    """
+    inputs, targets = training
+    tasks = torch.arange(len(inputs), device=inputs.device)[:, None]
+    eta = step_sizes.to(inputs.dtype)[None, :, None]
+    weights = inputs.new_zeros(len(inputs), len(step_sizes), inputs.shape[2])
+    tangents = torch.zeros_like(weights)
+    truncated_step = torch.full(weights.shape[:2], -1, dtype=torch.int64, device=inputs.device)
+    for step, chosen in enumerate(order.unbind(1), start=1):
+        x, y = inputs[tasks, chosen], targets[tasks, chosen]
+        gradient = (weights @ x.mT - y[:, None, :]) @ x / x.shape[1]  # [m, g, d]
+        moved = weights - eta * gradient
+        inside = moved.square().sum(-1) < radius**2  # False for NaN as well
+        truncated_step = torch.where((truncated_step < 0) & ~inside, step, truncated_step)
+        alive = (truncated_step < 0)[..., None]
+        tangents = torch.where(alive, tangents - eta * ((tangents @ x.mT) @ x / x.shape[1]) - gradient, tangents)
+        weights = torch.where(alive, moved, weights)
+    residual = weights @ evaluation[0].mT - evaluation[1][:, None, :]  # [m, g, n]
+    loss = 0.5 * residual.square().mean(-1)
+    gradient = (residual * (tangents @ evaluation[0].mT)).mean(-1)
+    error = (weights - solution[:, None, :]).square().sum(-1)
+    return Final(loss, gradient, loss.log(), gradient / loss, error, truncated_step)
+
+
+def _first_truncated_step(spectrum: Spectrum, step_sizes: Tensor, steps: int, radius: float) -> Tensor:
     """The first step at which ``|w|`` reaches the radius, ``-1`` for never; int64, ``[m, g]``.
 
     Most runs are cleared by a bound, at O(r); only the others are followed step by step, at O(t r).
     """
-    s = spectrum.eigenvalues[:, None, :]
-    eta = step_sizes[None, :, None]
+    s, eta = spectrum.eigenvalues[:, None, :], step_sizes[None, :, None]
     # Over the whole run |phi| <= phi(t) where 0 <= eta s <= 1 and |phi| <= 2/s where 1 < eta s <= 2.
     bound = torch.where(eta * s <= 1.0, _phi(eta, s, steps), 2.0 / s)
     norm = (spectrum.slopes[:, None, :] * bound).square().sum(-1)
     stable = step_sizes[None, :] * spectrum.eigenvalues[:, -1:] <= 2.0
     # The margin covers rounding in the bound; a run that is close to the radius is followed exactly.
-    cleared = stable & (norm < 0.999 * radius**2)
     found = torch.full(norm.shape, -1, dtype=torch.int64, device=norm.device)
-    task, column = torch.nonzero(~cleared, as_tuple=True)
+    task, column = torch.nonzero(~(stable & (norm < 0.999 * radius**2)), as_tuple=True)
     if len(task) == 0:
         return found
-    eta_pairs = step_sizes[column, None]  # [pairs, 1]
-    factor = 1.0 - eta_pairs * spectrum.eigenvalues[task]  # [pairs, r]
-    slopes = spectrum.slopes[task]
+    eta_pairs, slopes = step_sizes[column, None], spectrum.slopes[task]  # [pairs, 1], [pairs, r]
+    factor = 1.0 - eta_pairs * spectrum.eigenvalues[task]
     phi, power = torch.zeros_like(factor), torch.ones_like(factor)
     first = torch.full_like(task, -1)
     for step in range(1, steps + 1):
@@ -199,16 +196,13 @@ def _log_training_loss(spectrum: Spectrum, eta: Tensor, steps: int) -> tuple[Ten
     terms = (0.5 * spectrum.energies[:, None, :]).log() + 2 * steps * _log_factor(eta * s)
     floor = spectrum.floor.log()[:, None, None].expand(*terms.shape[:-1], 1)
     log_loss = torch.cat([terms, floor], -1).logsumexp(-1)
-    weights = (terms - log_loss[..., None]).exp()
-    factor = 1.0 - eta * s
-    slopes = torch.where(weights > 0.0, weights * s / factor, 0.0)
-    return log_loss, -2.0 * steps * slopes.sum(-1)
+    shares = (terms - log_loss[..., None]).exp()
+    return log_loss, -2.0 * steps * torch.where(shares > 0.0, shares * s / (1.0 - eta * s), 0.0).sum(-1)
 
 
 def _present(eigenvalues: Tensor) -> Tensor:
     """Which eigenvalues differ from zero by more than rounding."""
-    tolerance = torch.finfo(eigenvalues.dtype).eps * eigenvalues.shape[-1]
-    return eigenvalues > tolerance * eigenvalues[..., -1:]
+    return eigenvalues > torch.finfo(eigenvalues.dtype).eps * eigenvalues.shape[-1] * eigenvalues[..., -1:]
 
 
 def _coordinates(vectors: Tensor, values: Tensor) -> Tensor:

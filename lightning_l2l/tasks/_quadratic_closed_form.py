@@ -1,204 +1,127 @@
-"""Meta-objectives and meta-gradients of the quadratic: its mathematics, without the task."""
+"""Gradient descent on a quadratic in closed form, in log space: exact for every step size and any number of steps.
+
+With ``H = sum_i lambda_i u_i u_i'``, ``c_i = <w_0, u_i>`` and ``b_i = 1 - step_size * lambda_i`` gradient descent gives
+``f(w_k) = 1/2 sum_i c_i^2 lambda_i b_i^(2k)``. Losses and derivatives span thousands of decades, so that a number is
+kept as its sign and the logarithm of its size wherever it may leave the range of float64.
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Literal, NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_l2l.tasks import _quadratic_checks as checks
-from lightning_l2l.tasks import _quadratic_recursion as recursion
-from lightning_l2l.tasks import _quadratic_spectral as spectral
-from lightning_l2l.tasks._quadratic_objectives import (
-    Iterates,
-    Objective,
-    SignedLog,
-    StepValues,
-    iterates_of,
-    objective_gradient,
-    objective_value,
-)
+Objective = Literal["log", "naive", "log_mean", "naive_mean"]
 
-Method = Literal["spectral", "recursion"]
+# Elements of one temporary [..., K, d], 64 MiB: the means over the iterates take K = steps at once where they fit.
+_CHUNK_ELEMENTS = 2**23
 
 
-class Trajectory(NamedTuple):
-    """A run of gradient descent, in a form that cannot overflow: ``w_k = exp(log_norms) * directions``.
+class SignedLog(NamedTuple):
+    """A number as its sign and the natural logarithm of its size; zero is ``(0, -inf)``."""
 
-    Attributes:
-        log_losses: ``log f(w_k)`` for ``k = 0 .. t``, ``[..., t + 1]``.
-        directions: ``w_k / |w_k|``, ``[..., t + 1, d]``; zero where ``w_k`` is exactly zero.
-        log_norms: ``log |w_k|``, ``[..., t + 1]``.
+    sign: Tensor
+    log_magnitude: Tensor
+
+    def value(self) -> Tensor:
+        """The number itself: infinite or zero where it does not fit float64."""
+        return self.sign * self.log_magnitude.exp()
+
+
+class Spectrum(NamedTuple):
+    """What the loss depends on, float64: eigenvalues, ascending, and ``log(c_i^2 lambda_i / 2)``; both ``[d]``."""
+
+    eigenvalues: Tensor
+    log_weights: Tensor
+
+
+def decompose(hessian: Tensor, initial_point: Tensor) -> Spectrum:
+    """Diagonalise the Hessian ``[d, d]`` and express the starting point ``[d]`` in its eigenvectors."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(hessian.double())
+    coefficients = eigenvectors.mT @ initial_point.double()
+    return Spectrum(eigenvalues, 2 * coefficients.abs().log() + eigenvalues.log() - math.log(2))
+
+
+def meta_objective(spectrum: Spectrum, step_size: Tensor, steps: int, objective: Objective) -> Tensor:
+    """The meta-objective after ``steps`` steps for step sizes ``[...]``; the naive ones may overflow or underflow."""
+    numbers, log_losses, _ = _iterates(spectrum, step_size, steps, objective)
+    if objective in ("log", "log_mean"):
+        return (log_losses / numbers).mean(-1)
+    return (log_losses.logsumexp(-1) - math.log(len(numbers))).exp()
+
+
+def meta_gradient(spectrum: Spectrum, step_size: Tensor, steps: int, objective: Objective) -> SignedLog:
+    """The derivative of :func:`meta_objective` in the step size, which no number of steps overflows."""
+    numbers, log_losses, log_derivatives = _iterates(spectrum, step_size, steps, objective)
+    if objective in ("log", "log_mean"):
+        gradient = (log_derivatives / numbers).mean(-1)
+        return SignedLog(gradient.sign(), gradient.abs().log())
+    terms = SignedLog(log_derivatives.sign(), log_derivatives.abs().log() + log_losses)  # f' = f (log f)'
+    total = _sum(terms)
+    return SignedLog(total.sign, total.log_magnitude - math.log(len(numbers)))
+
+
+def optimal_step_size(spectrum: Spectrum, steps: int) -> Tensor:
+    """The minimiser of ``f(w_t)``, by bisection on the sign of its derivative.
+
+    ``sum_i c_i^2 lambda_i^2 b_i^(2t-1)`` falls strictly in the step size, from positive at ``1/L`` to negative at
+    ``1/alpha``; sixty-four halvings in log space exhaust float64.
     """
+    logs = spectrum.log_weights + spectrum.eigenvalues.log()
+    low, high = -spectrum.eigenvalues[-1].log(), -spectrum.eigenvalues[0].log()
+    for _ in range(64):
+        middle = (low + high) / 2
+        factor = _contraction(middle.exp(), spectrum.eigenvalues)
+        sign = _sum(SignedLog(factor.sign, logs + (2 * steps - 1) * factor.log_magnitude)).sign
+        low = torch.where(sign >= 0, middle, low)
+        high = torch.where(sign <= 0, middle, high)
+    return ((low + high) / 2).exp()
 
-    log_losses: Tensor
-    directions: Tensor
-    log_norms: Tensor
+
+def _iterates(spectrum: Spectrum, step_size: Tensor, steps: int, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """The iterates that an objective reads: numbers ``[K]``, ``log f(w_k)`` and its derivative ``[..., K]``."""
+    if objective not in get_args(Objective):
+        raise ValueError(f"objective={objective!r} is not known; choose one of {list(get_args(Objective))}.")
+    first = steps if objective in ("log", "naive") else 1
+    numbers = torch.arange(first, steps + 1, dtype=torch.float64, device=step_size.device)
+    chunk = max(1, _CHUNK_ELEMENTS // (max(1, step_size.numel()) * len(spectrum.eigenvalues)))
+    parts = [_log_losses(spectrum, step_size, part) for part in numbers.split(chunk)]
+    log_losses, log_derivatives = (torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
+    return numbers, log_losses, log_derivatives
 
 
-class ClosedForm:
-    """What is known about ``1/2 w'Hw``; described, with its options, at :class:`Quadratic`."""
+def _log_losses(spectrum: Spectrum, step_size: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """``log f(w_k)`` and its derivative in the step size, ``[..., K]``, both -inf and 0 where ``w_k`` is exactly zero.
 
-    def __init__(self, hessian: Tensor, initial_point: Tensor) -> None:
-        """Check and keep the Hessian and the starting point."""
-        checks.check_hessian(hessian)
-        checks.check_initial_point(initial_point, hessian)
-        self.dtype = torch.promote_types(hessian.dtype, initial_point.dtype)
-        symmetric = (hessian.detach().double() + hessian.detach().double().mT) / 2
-        self.hessian = symmetric.to(self.dtype)
-        self.initial_point = initial_point.detach().to(self.dtype)
-        self.dimension = hessian.shape[-1]
-        self.batch_shape = checks.broadcast_shapes(hessian.shape[:-2], initial_point.shape[:-1])
+    Nothing is iterated: one iterate is as cheap at ``k = 10^4`` as at ``k = 1``.
+    """
+    factor = _contraction(step_size, spectrum.eigenvalues).log_magnitude.unsqueeze(-2)
+    logs = spectrum.log_weights + 2 * numbers.unsqueeze(-1) * factor  # [..., K, d]
+    log_losses = logs.logsumexp(-1)
+    alive = log_losses.isfinite()
+    shares = (logs - torch.where(alive, log_losses, 0.0).unsqueeze(-1)).exp()  # of each eigenvector in the loss
+    # d log b_i^(2k) = -2k lambda_i / b_i; a factor of exactly zero has no share, so that any finite number will do.
+    inside = 1 - step_size.unsqueeze(-1) * spectrum.eigenvalues
+    rates = spectrum.eigenvalues / torch.where(inside == 0, 1.0, inside)
+    return log_losses, -2 * numbers * (shares * rates.unsqueeze(-2)).sum(-1)
 
-    @cached_property
-    def _spectrum(self) -> spectral.Spectrum:
-        spectrum = spectral.decompose(self.hessian.double(), self.initial_point.double())
-        checks.check_eigenvalues(spectrum.eigenvalues)
-        return spectrum
 
-    @property
-    def largest_curvature(self) -> Tensor:
-        """``L``, the largest eigenvalue of each Hessian."""
-        return self._spectrum.eigenvalues[..., -1].to(self.dtype)
+def _contraction(step_size: Tensor, eigenvalues: Tensor) -> SignedLog:
+    """``b_i = 1 - step_size * lambda_i``, ``[..., d]``.
 
-    @property
-    def smallest_curvature(self) -> Tensor:
-        """``alpha``, the smallest eigenvalue of each Hessian."""
-        return self._spectrum.eigenvalues[..., 0].to(self.dtype)
+    ``log1p`` keeps the digits of small steps, which a power of ten thousand would otherwise multiply.
+    """
+    scaled = step_size.unsqueeze(-1) * eigenvalues
+    shrinking = torch.log1p(-scaled.clamp(max=1.0))
+    flipping = (scaled - 1).clamp(min=0.0).log()
+    return SignedLog(torch.sign(1 - scaled), torch.where(scaled <= 1, shrinking, flipping))
 
-    @property
-    def stability_limit(self) -> Tensor:
-        """``2 / L``, above which gradient descent diverges."""
-        return (2 / self._spectrum.eigenvalues[..., -1]).to(self.dtype)
 
-    @property
-    def limiting_step_size(self) -> Tensor:
-        """``2 / (L + alpha)``, which the optimal step size approaches like ``log(L / alpha) / t``."""
-        eigenvalues = self._spectrum.eigenvalues
-        return (2 / (eigenvalues[..., -1] + eigenvalues[..., 0])).to(self.dtype)
-
-    @torch.no_grad()
-    def meta_objective(
-        self,
-        step_size: float | Tensor,
-        steps: int,
-        objective: Objective = "log",
-        *,
-        iterates: Iterates = "1..t",
-        method: Method = "spectral",
-    ) -> Tensor:
-        """Return the meta-objective after ``steps`` steps; the class describes objectives and options.
-
-        The log objectives are always finite (minus infinity only for a loss of exactly zero); ``"naive"`` and
-        ``"naive_mean"`` are infinite or zero where the true number is outside the dtype.
-
-        Raises:
-            TypeError: If ``steps`` is not an int or ``step_size`` not a real number or tensor.
-            ValueError: If ``steps < 1``, a step size is negative or not finite, or an option is unknown.
-        """
-        values = self._step_values(step_size, steps, iterates_of(steps, objective, iterates), method, False)
-        return objective_value(values, steps, objective).to(self.dtype)
-
-    @torch.no_grad()
-    def meta_gradient(
-        self,
-        step_size: float | Tensor,
-        steps: int,
-        objective: Objective = "log",
-        *,
-        iterates: Iterates = "1..t",
-        method: Method = "spectral",
-        first_order: bool = False,
-    ) -> Tensor:
-        """Return the exact derivative of the meta-objective with respect to the step size.
-
-        Never NaN. Infinite only where the true number is outside the dtype, and zero with the true sign
-        (``-0.0`` included) where it is below the dtype's range; both happen to the naive objectives only, or
-        to ``first_order``, and :meth:`signed_log_meta_gradient` then has the number.
-
-        Args:
-            step_size: Step sizes, ``[...]``; see the class for broadcasting.
-            steps: Number of inner steps ``t``.
-            objective: Which meta-objective.
-            iterates: Which losses the means run over.
-            method: ``"spectral"`` or ``"recursion"``.
-            first_order: Treat the inner gradients as constants, as the reference TensorFlow code does. The
-                result is *not* the derivative of the objective and explodes with ``t``; offered to reproduce
-                and to show that.
-
-        Raises:
-            TypeError: As :meth:`meta_objective`.
-            ValueError: As :meth:`meta_objective`, or for ``first_order`` with the recursion.
-        """
-        read = iterates_of(steps, objective, iterates)
-        values = self._step_values(step_size, steps, read, method, first_order)
-        if objective == "log":  # not through a logarithm and back: keeps the last digits
-            return (values.log_derivative[..., -1] / steps).to(self.dtype)
-        return objective_gradient(values, steps, objective).value().to(self.dtype)
-
-    @torch.no_grad()
-    def signed_log_meta_gradient(
-        self,
-        step_size: float | Tensor,
-        steps: int,
-        objective: Objective = "log",
-        *,
-        iterates: Iterates = "1..t",
-        method: Method = "spectral",
-        first_order: bool = False,
-    ) -> SignedLog:
-        """Return :meth:`meta_gradient` as float64 ``(sign, log_magnitude)``, which nothing overflows.
-
-        Example:
-            >>> from lightning_l2l.tasks import Quadratic
-            >>> task = Quadratic(torch.eye(2) + torch.ones(2, 2), torch.tensor([1.0, 0.0]))
-            >>> sign, log_magnitude = task.signed_log_meta_gradient(10.0, steps=5000, objective="naive")
-            >>> float(sign), round(float(log_magnitude), 3)
-            (1.0, 33679.612)
-        """
-        read = iterates_of(steps, objective, iterates)
-        values = self._step_values(step_size, steps, read, method, first_order)
-        return objective_gradient(values, steps, objective)
-
-    @torch.no_grad()
-    def optimal_step_size(self, steps: int) -> Tensor:
-        """Return the minimiser of ``f(w_t)``, and so of both last-step objectives, shape ``batch_shape``.
-
-        It is unique (the naive objective is strictly convex), depends on ``t`` and ``w_0``, and is found to
-        float64 precision by bisection on the sign of the exact gradient (then rounded to the task's dtype).
-        """
-        checks.check_steps(steps)
-        return spectral.optimal_step_size(self._spectrum, steps).expand(self.batch_shape).to(self.dtype)
-
-    @torch.no_grad()
-    def trajectory(self, step_size: float | Tensor, steps: int) -> Trajectory:
-        """Return losses and points ``w_0 .. w_t`` of gradient descent as logarithms and unit vectors.
-
-        Costs O(t d^2) time and O(t d) memory per step size.
-        """
-        checks.check_steps(steps)
-        eta = checks.as_step_size(step_size, self.hessian, self.batch_shape)
-        values = spectral.step_values(self._spectrum, eta, 0, steps, False)
-        unit, log_norms = spectral.directions(self._spectrum, eta, values.steps)
-        return Trajectory(values.log_loss.to(self.dtype), unit.to(self.dtype), log_norms.to(self.dtype))
-
-    def _step_values(
-        self,
-        step_size: float | Tensor,
-        steps: int,
-        read: tuple[int, int],
-        method: Method,
-        first_order: bool,
-    ) -> StepValues:
-        checks.check_steps(steps)
-        eta = checks.as_step_size(step_size, self.hessian, self.batch_shape)
-        if method == "spectral":
-            return spectral.step_values(self._spectrum, eta, *read, first_order)
-        if method != "recursion":
-            raise ValueError(f"Unknown method {method!r}. Choose 'spectral' or 'recursion'.")
-        if first_order:
-            raise ValueError("first_order is only implemented for method='spectral'.")
-        work = torch.promote_types(self.dtype, torch.float32)
-        return recursion.step_values(self.hessian.to(work), self.initial_point.to(work), eta.to(work), *read)
+def _sum(terms: SignedLog) -> SignedLog:
+    """The sum over the last dimension, without leaving the number range."""
+    peak = terms.log_magnitude.amax(-1, keepdim=True)
+    peak = torch.where(peak.isfinite(), peak, 0.0)
+    total = (terms.sign * (terms.log_magnitude - peak).exp()).sum(-1)
+    return SignedLog(total.sign(), peak.squeeze(-1) + total.abs().log())

@@ -13,7 +13,7 @@ from lightning_l2l.tasks.task import Task
 
 
 class TaskFamily(ABC):
-    """A distribution over tasks whose parameters have the same names and shapes.
+    """A distribution over tasks whose parameters have the same names and shapes (unless it is a :class:`Mixture`).
 
     A task that is drawn is a function of the generator's state alone, so a meta-training remembers the seed of a task
     instead of its data.
@@ -33,34 +33,51 @@ class TaskFamily(ABC):
             generator: The source of everything that is random about it.
         """
 
+    def of_one_architecture(self, generator: torch.Generator) -> TaskFamily:
+        """The family to draw tasks from that are trained side by side: itself, or one of a :class:`Mixture`."""
+        return self
+
+
+class Mixture(TaskFamily):
+    """Several families, whose tasks may have different parameters; tasks that are trained side by side share one.
+
+    Args:
+        families: The families, each drawn with the same probability.
+
+    Raises:
+        ValueError: There are none.
+
+    Example:
+        >>> mixture = Mixture([RandomQuadratics(dim=2), RandomQuadratics(dim=3)])
+        >>> mixture.of_one_architecture(torch.Generator().manual_seed(0)).dim in (2, 3)
+        True
+    """
+
+    def __init__(self, families: Sequence[TaskFamily]) -> None:
+        if not families:
+            raise ValueError("There is no family to choose from: give at least one.")
+        self.families = tuple(families)
+
+    def of_one_architecture(self, generator: torch.Generator) -> TaskFamily:
+        """One of the families."""
+        return self.families[int(torch.randint(len(self.families), (), generator=generator))]
+
+    def sample(self, generator: torch.Generator) -> Task:
+        """Draw a task of any of the families."""
+        return self.of_one_architecture(generator).sample(generator)
+
 
 class StackableTask(Task):
     """A task whose loss is a pure function of parameters and batch.
 
     What distinguishes it from the other tasks of its family comes with the batch, so the losses of many tasks are one
-    call of
-    ``torch.func.vmap``. (Any other task works too, one after the other.) The loss may not branch on values, write in
-    place into what it did not make, or call ``.item()``.
+    call of ``torch.func.vmap``. (Any other task works too, one after the other.) The loss may not branch on values,
+    write in place into what it did not make, or call ``.item()``.
     """
 
     @abstractmethod
     def loss_signature(self) -> Any:
         """Tasks of one class with equal signatures have the same loss function and the same shapes of batches."""
-
-
-class SameTask(TaskFamily):
-    """The same task again and again; its starts and batches still differ.
-
-    Args:
-        task: The task.
-    """
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def sample(self, generator: torch.Generator) -> Task:
-        """Return the task."""
-        return self.task
 
 
 class ChoiceOfTasks(TaskFamily):
@@ -93,18 +110,17 @@ def as_family(tasks: Task | TaskFamily | Sequence[Task]) -> TaskFamily:
     Example:
         >>> from lightning_l2l.tasks import Quadratic
         >>> type(as_family(Quadratic.random(2, seed=0))).__name__
-        'SameTask'
+        'ChoiceOfTasks'
     """
     if isinstance(tasks, TaskFamily):
         return tasks
     if isinstance(tasks, Task):
-        return SameTask(tasks)
+        return ChoiceOfTasks([tasks])
     if isinstance(tasks, Sequence) and all(isinstance(task, Task) for task in tasks):
         return ChoiceOfTasks(tasks)
     raise TypeError(
-        f"tasks must be a Task, a TaskFamily or a sequence of Tasks, got {type(tasks).__name__}. A LightningModule "
-        "becomes a "
-        "task through lightning_l2l.host.module_task.ModuleTask."
+        f"tasks must be a Task, a TaskFamily or a sequence of Tasks, got {type(tasks).__name__}. Write a Task whose "
+        "loss(parameters, batch) calls your model with torch.func.functional_call."
     )
 
 

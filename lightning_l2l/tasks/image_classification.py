@@ -94,9 +94,8 @@ class ImageClassification(StackableTask, TaskFamily):
     ) -> None:
         if network not in get_args(Network) or initialisation not in get_args(Initialisation):
             raise ValueError(
-                f"network={network!r} must be one of {list(get_args(Network))}, initialisation={initialisation!r} one "
-                "of "
-                f"{list(get_args(Initialisation))}."
+                f"network={network!r} must be one of {list(get_args(Network))}, "
+                f"initialisation={initialisation!r} one of {list(get_args(Initialisation))}."
             )
         if not 0 <= label_noise <= 1:
             raise ValueError(f"label_noise={label_noise} must be a fraction between 0 and 1.")
@@ -275,8 +274,8 @@ class ImageClassification(StackableTask, TaskFamily):
     def _examples(self, split: Split, chosen: Tensor) -> tuple[Tensor, Tensor]:
         if split == "test":
             return self._data.test_images[chosen], self._meaning[self._data.test_labels[chosen]]
-        places = self._indices[chosen + (self.train_samples if split == "val" else 0)]
-        return self._data.images[places], self._meaning[self._data.labels[places]]
+        indices = self._indices[chosen + (self.train_samples if split == "val" else 0)]
+        return self._data.images[indices], self._meaning[self._data.labels[indices]]
 
     def _count(self, split: Split) -> int:
         count = {"train": self.train_samples, "val": self.val_samples, "test": len(self._data.test_images)}[split]

@@ -1,12 +1,12 @@
-"""Tasks that are trained side by side: where their training stands, and its next window.
+"""Inner trainings of several tasks side by side: where they are, and their next unroll.
 
-All random numbers of a window come from one generator, which the caller seeds; with :meth:`Population.state_dict` that
+All random numbers of an unroll come from one generator, which the caller seeds; with :meth:`Population.state_dict` that
 makes a meta-training that was interrupted go on to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,32 +14,29 @@ import optree
 import torch
 from torch import Tensor
 
-from lightning_l2l.exact.objectives import Objective, is_logarithmic
+from lightning_l2l.exact.episodes import Episode
+from lightning_l2l.exact.estimators import EvolutionStrategies, Unroll
+from lightning_l2l.exact.objectives import is_logarithmic
 from lightning_l2l.exact.result import MetaGradient
-from lightning_l2l.exact.windows import Episode, WindowEstimator
 from lightning_l2l.tasks.family import TaskFamily
 from lightning_l2l.tasks.stacked import LOSS_CHANNEL, START_LOSS, BatchedTasks, StackedBatch, StackedTasks
 from lightning_l2l.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What the inner trainings are judged by.
+class MetaLoss:
+    """What the meta-objective is evaluated on.
 
     Attributes:
-        objective: The meta-objective.
-        meta_data: The split that it is evaluated on.
-        meta_batch: ``"sample"``: one batch for each window and task; ``"full"``: all of the split.
-        iterates: ``"after"``: after each step, as everywhere in this package. ``"before"``: the mean objectives run
-            over the iterates *before* each step, ``w_0 ... w_(K-1)``, as in the paper's code.
-        estimator: How the meta-gradient is computed.
+        split: The split of the tasks' data.
+        full: All of the split; else one batch for each unroll and task.
+        iterates: ``"after"``: the iterates after each step, as everywhere in this package. ``"before"``: the mean
+            objectives run over those *before* each step, ``w_0 ... w_(K-1)``, as in the paper's code.
     """
 
-    objective: Objective
-    meta_data: Literal["train", "val"]
-    meta_batch: Literal["sample", "full"]
-    iterates: Literal["after", "before"]
-    estimator: WindowEstimator
+    split: Literal["train", "val"] = "val"
+    full: bool = False
+    iterates: Literal["after", "before"] = "after"
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,15 @@ class Population:
 
     Attributes:
         stack: The tasks.
-        seeds: What they were drawn from.
-        episode: Where their training stands.
+        seed: What their family (of a mixture) and the perturbations of evolution strategies are drawn from.
+        seeds: What the tasks are drawn from.
+        episode: Their training so far.
         steps: Inner steps taken.
         length: Inner steps at which the training ends.
     """
 
     stack: StackedTasks
+    seed: int
     seeds: tuple[int, ...]
     episode: Episode
     steps: int
@@ -65,62 +64,55 @@ class Population:
         cls,
         family: TaskFamily,
         learned: BatchedTasks,
+        estimator: Unroll | EvolutionStrategies,
+        *,
         tasks: int,
         length: int,
-        judgement: Judgement,
+        divergence: float,
         generator: torch.Generator,
         device: torch.device,
-        divergence: float,
     ) -> Population:
         """New tasks with fresh parameters.
 
         Raises:
             ValueError: A task's first loss is not finite.
         """
-        seeds = tuple(torch.randint(2**62, (tasks,), generator=generator).tolist())
-        stack = _stack(family, seeds, divergence)
+        seed, *seeds = torch.randint(2**62, (tasks + 1,), generator=generator).tolist()
+        stack = _stack(family, seed, seeds, divergence)
         parameters, buffers = _start(stack, generator, device)
-        windows = replace(judgement.estimator, particles=replace(judgement.estimator.particles, seed=seeds[0]))
-        return cls(stack, seeds, windows.begin(learned, parameters, buffers=buffers), 0, length)
+        episode = Episode.begin(learned, parameters, estimator=_seeded(estimator, seed), buffers=buffers)
+        return cls(stack, seed, tuple(seeds), episode, 0, length)
 
-    def window(
-        self, learned: BatchedTasks, steps: int, judgement: Judgement, generator: torch.Generator, device: torch.device
+    def unroll(
+        self, learned: BatchedTasks, steps: int, meta_loss: MetaLoss, generator: torch.Generator, device: torch.device
     ) -> tuple[MetaGradient, Population]:
-        """Train for a window, and differentiate."""
+        """Train for some steps (fewer at the end of the training), and differentiate."""
         steps = min(steps, self.length - self.steps)
-        batches = [_moved(self.stack.batch("train", generator), device) for _ in range(steps)]
-        judged = "geometric_mean" if is_logarithmic(judgement.objective) else "mean"
-        full = judgement.meta_batch == "full"
-        meta_batch = _moved(self.stack.batch(judgement.meta_data, generator, judged, full), device)
-        if judgement.iterates == "before" and judgement.objective == "naive_mean":
-            return self._before(learned, batches, meta_batch, judgement)
-        result, episode = judgement.estimator.meta_gradient(
-            self.stack, learned, self.episode, batches, meta_batch, objective=judgement.objective
-        )
+        batches = [moved(self.stack.batch("train", generator), device) for _ in range(steps)]
+        mean: Literal["mean", "geometric_mean"] = "mean"
+        if is_logarithmic(self.episode.estimator.objective):
+            mean = "geometric_mean"
+        meta_batch = moved(self.stack.batch(meta_loss.split, generator, mean, meta_loss.full), device)
+        if meta_loss.iterates == "before":
+            result, episode = self._over_iterates_before(learned, batches, meta_batch)
+        else:
+            result, episode = self.episode.unroll(self.stack, learned, batches, meta_batch)
         return result, replace(self, episode=episode, steps=self.steps + steps)
 
-    def _before(
-        self, learned: BatchedTasks, batches: list[Any], meta_batch: StackedBatch, judgement: Judgement
-    ) -> tuple[MetaGradient, Population]:
+    def _over_iterates_before(
+        self, learned: BatchedTasks, batches: list[Any], meta_batch: StackedBatch
+    ) -> tuple[MetaGradient, Episode]:
         """The mean over ``w_0 ... w_(K-1)``: that over ``w_1 ... w_(K-1)`` plus a constant, and one more step."""
-        count, here = len(batches), self.episode.iterate
+        count, start = len(batches), self.episode.iterate
         with torch.no_grad():
-            first = self.stack({**here.parameters, **here.buffers}, meta_batch).item()
+            first = self.stack({**start.parameters, **start.buffers}, meta_batch).item()
         episode, result = self.episode, None
         if count > 1:
-            result, episode = judgement.estimator.meta_gradient(
-                self.stack, learned, episode, batches[:-1], meta_batch, objective="naive_mean"
-            )
-        last, episode = judgement.estimator.meta_gradient(
-            self.stack, learned, episode, batches[-1:], meta_batch, objective="naive_mean"
-        )
-        result = last if result is None else result
-        share = (count - 1) / count if count > 1 else 0.0
+            result, episode = episode.unroll(self.stack, learned, batches[:-1], meta_batch)
+        last, episode = episode.unroll(self.stack, learned, batches[-1:], meta_batch)
+        result, share = (last, 0.0) if result is None else (result, (count - 1) / count)
         gradients = {name: gradient * share for name, gradient in result.gradients.items()}
-        value = result.value * share + first / count
-        return replace(result, value=value, gradients=gradients), replace(
-            self, episode=episode, steps=self.steps + count
-        )
+        return replace(result, value=result.value * share + first / count, gradients=gradients), episode
 
     @property
     def finished(self) -> bool:
@@ -142,17 +134,14 @@ class Population:
     def restarted(
         self, family: TaskFamily, learned: BatchedTasks, generator: torch.Generator, device: torch.device
     ) -> Population:
-        """New tasks in the places of those that diverged, the others as they are."""
+        """New tasks for those that diverged, the others as they are."""
         dead = self.diverged
-        fresh_seeds = torch.randint(2**62, (len(self.seeds),), generator=generator).tolist()
-        seeds = tuple(
-            new if gone else old for old, new, gone in zip(self.seeds, fresh_seeds, dead.tolist(), strict=True)
-        )
-        stack = _stack(family, seeds, self.stack.divergence)
+        fresh = torch.randint(2**62, (len(self.seeds),), generator=generator).tolist()
+        seeds = tuple(new if gone else old for old, new, gone in zip(self.seeds, fresh, dead.tolist(), strict=True))
+        stack = _stack(family, self.seed, seeds, self.stack.divergence)
         parameters, buffers = _start(stack, generator, device)
-        state = learned.transformation().init(parameters)
         iterate = self.episode.iterate
-        new: Any = (parameters, state, buffers)
+        new: Any = (parameters, learned.transformation().init(parameters), buffers)
         old: Any = (iterate.parameters, iterate.state, iterate.buffers)
         merged: Any = optree.tree_map(
             lambda a, b: torch.where(dead.reshape(-1, *[1] * (b.dim() - 1)), a, b.detach()), new, old
@@ -162,7 +151,7 @@ class Population:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings in dictionaries and tuples."""
-        own = {"seeds": torch.tensor(self.seeds), "steps": self.steps, "length": self.length}
+        own = {"seed": self.seed, "seeds": torch.tensor(self.seeds), "steps": self.steps, "length": self.length}
         return {**own, "episode": self.episode.state_dict()}
 
     @classmethod
@@ -171,37 +160,46 @@ class Population:
         saved: Mapping[str, Any],
         family: TaskFamily,
         learned: BatchedTasks,
+        estimator: Unroll | EvolutionStrategies,
+        *,
         divergence: float,
         device: torch.device,
     ) -> Population:
-        """What :meth:`state_dict` was taken of, given the same family."""
-        seeds = tuple(saved["seeds"].tolist())
-        episode = Episode.from_state_dict(_moved(saved["episode"], device), learned)
-        return cls(_stack(family, seeds, divergence), seeds, episode, saved["steps"], saved["length"])
+        """What :meth:`state_dict` was taken of, given the same family and estimator."""
+        seed, seeds = saved["seed"], tuple(saved["seeds"].tolist())
+        episode = Episode.from_state_dict(moved(saved["episode"], device), learned, _seeded(estimator, seed))
+        stack = _stack(family, seed, seeds, divergence)
+        return cls(stack, seed, seeds, episode, saved["steps"], saved["length"])
 
 
-def _stack(family: TaskFamily, seeds: tuple[int, ...], divergence: float) -> StackedTasks:
-    tasks: list[Task] = [family.sample(torch.Generator().manual_seed(seed)) for seed in seeds]
+def moved(tree: Any, device: torch.device) -> Any:
+    """The tree with its tensors on a device."""
+    if isinstance(tree, StackedBatch):
+        return replace(tree, data=moved(tree.data, device))
+    return optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _seeded(estimator: Unroll | EvolutionStrategies, seed: int) -> Unroll | EvolutionStrategies:
+    """With perturbations of its own for each inner training."""
+    return estimator if isinstance(estimator, Unroll) else replace(estimator, seed=seed)
+
+
+def _stack(family: TaskFamily, seed: int, seeds: Sequence[int], divergence: float) -> StackedTasks:
+    family = family.of_one_architecture(torch.Generator().manual_seed(seed))
+    tasks: list[Task] = [family.sample(torch.Generator().manual_seed(each)) for each in seeds]
     return StackedTasks(tasks, divergence)
 
 
 def _start(
     stack: StackedTasks, generator: torch.Generator, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    parameters = _moved(stack.initial_parameters(generator), device)
+    parameters = moved(stack.initial_parameters(generator), device)
     with torch.no_grad():
-        losses = stack.losses(parameters, _moved(stack.batch("train", generator), device).data)
+        losses = stack.losses(parameters, moved(stack.batch("train", generator), device).data)
     if not bool(losses.isfinite().all()):
         bad = int((~losses.isfinite()).sum())
         raise ValueError(
             f"The first loss of {bad} of {len(losses)} tasks is not finite, before any step was taken. Check the "
-            "tasks' "
-            "initial parameters and data."
+            "tasks' initial parameters and data."
         )
     return {**parameters, LOSS_CHANNEL: torch.zeros_like(losses)}, {START_LOSS: losses}
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, StackedBatch):
-        return replace(tree, data=_moved(tree.data, device))
-    return optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)

@@ -1,11 +1,10 @@
 """Many tasks as one inner problem: parameters with a leading task dimension, one loss, one optimizer.
 
 The estimators of :mod:`lightning_l2l.exact` know nothing of tasks. The training loss of the stack is the *sum* of the
-tasks'
-losses, so each task sees its own full gradient; the loss that judges it is their mean, or for logarithmic
-objectives their geometric mean, whose logarithm is the mean of the logarithms.
+tasks' losses, so each task sees its own full gradient; the meta-loss is their mean, or for logarithmic objectives their
+geometric mean, whose logarithm is the mean of the logarithms.
 
-A task that diverges is *frozen*: it stays where it is before anything leaves the number range, its judged loss
+A task that diverges is *frozen*: it stays where it is before anything leaves the number range, its meta-loss
 counts as a fixed number from then on, and it no longer contributes to the meta-gradient.
 """
 
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import optree
 import torch
@@ -24,11 +23,12 @@ from lightning_l2l.learned.base import LearnedOptimizer
 from lightning_l2l.tasks.family import StackableTask
 from lightning_l2l.tasks.task import Task
 
-# A pseudo-parameter, always zero, whose "gradient" tells the optimizer which tasks' losses are above their limit (1,
-# else 0).
+# A pseudo-parameter, always zero. Its "gradient" is how the optimizer learns which tasks diverged: 1 for a loss above
+# its limit, else 0.
 LOSS_CHANNEL = "l2l.diverged"
 # A buffer, so that it goes with the iterate: the loss of each task at its start.
 START_LOSS = "l2l.start_loss"
+Mean = Literal["mean", "geometric_mean"]
 # One update may not be longer than this many times the parameters and the vector of ones.
 _LONGEST_UPDATE = 10.0
 
@@ -39,11 +39,11 @@ class StackedBatch:
 
     Attributes:
         data: For stackable tasks one tree with the task as the first dimension of every tensor, else a list.
-        judged: ``None`` for a training step; ``"mean"`` or ``"geometric_mean"`` for the meta-loss.
+        mean: ``None`` for a training step; over the tasks, for a meta-loss.
     """
 
     data: Any
-    judged: str | None = None
+    mean: Mean | None = None
 
 
 class StackedTasks:
@@ -89,14 +89,18 @@ class StackedTasks:
         return {name: torch.stack([own[name].detach() for own in found]) for name in found[0]}
 
     def batch(
-        self, split: Any, generator: torch.Generator, judged: str | None = None, full: bool = False
+        self,
+        split: Literal["train", "val", "test"],
+        generator: torch.Generator,
+        mean: Mean | None = None,
+        full: bool = False,
     ) -> StackedBatch:
         """A batch of every task.
 
         Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
+            split: Of each task's data.
             generator: Source of randomness.
-            judged: See :class:`StackedBatch`.
+            mean: See :class:`StackedBatch`.
             full: The whole split instead of a sample; the tasks need a method ``full_batch(split)``.
 
         Raises:
@@ -107,12 +111,10 @@ class StackedTasks:
                 f"{type(self.tasks[0]).__name__} has no full_batch(split), so the meta-objective cannot be evaluated "
                 "on all of its data. Use meta_batch='sample'."
             )
-        draw: Any = (
-            (lambda task: task.full_batch(split)) if full else (lambda task: task.sample_batch(split, generator))
-        )
-        found = [draw(task) for task in self.tasks]
-        data = optree.tree_map(lambda *parts: torch.stack(parts), *found) if self._stackable else found
-        return StackedBatch(data, judged)
+        tasks: Any = self.tasks
+        found = [task.full_batch(split) if full else task.sample_batch(split, generator) for task in tasks]
+        data: Any = optree.tree_map(lambda *parts: torch.stack(parts), *found) if self._stackable else found
+        return StackedBatch(data, mean)
 
     def losses(self, parameters: Mapping[str, Tensor], data: Any) -> Tensor:
         """The loss of each task, ``[tasks]``."""
@@ -137,29 +139,27 @@ class StackedTasks:
         own = {name: tensor for name, tensor in parameters.items() if name not in (LOSS_CHANNEL, START_LOSS)}
         losses, start = self.losses(own, batch.data), parameters[START_LOSS]
         limit = self.limit(start).to(losses)
-        if batch.judged is None:
+        if batch.mean is None:
             diverged = (~(losses.detach() <= limit)).to(parameters[LOSS_CHANNEL].dtype)
             told = (parameters[LOSS_CHANNEL] * diverged).sum()
             return torch.where(losses.isfinite(), losses, 0.0).sum() + told
         # NaN is not below the limit either.
         capped = torch.where(losses < limit, losses, limit)
-        return capped.log().mean().exp() if batch.judged == "geometric_mean" else capped.mean()
+        return capped.log().mean().exp() if batch.mean == "geometric_mean" else capped.mean()
 
 
 def _refuse_mixture(first: Task, other: Task) -> bool:
     raise ValueError(
         f"{type(first).__name__} and {type(other).__name__} cannot be trained together: the one is stackable, the "
-        "other "
-        "is not."
+        "other is not."
     )
 
 
 class BatchedTasks(LearnedOptimizer):
     """A learned optimizer for stacked tasks: the same update for each of them, by ``torch.func.vmap``.
 
-    Also the place where diverging tasks are frozen: a task whose loss or gradient is not finite, whose loss is above
-    its
-    limit, or whose update is absurdly long, does not move again.
+    Diverging tasks are frozen here: a task whose loss or gradient is not finite, whose loss is above its limit, or
+    whose update is absurdly long, does not move again.
 
     The state is ``{"optimizer": ..., "alive": bool [tasks]}``; tensors in ``"optimizer"`` have the task as first
     dimension, numbers (Adam's step) are shared by the tasks, which are then all of the same age.
@@ -213,11 +213,8 @@ def _without_channel(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _square_norm(tensors: Mapping[str, Tensor]) -> Tensor:
     """For each task, over all tensors."""
-    parts = [tensor.detach().reshape(tensor.shape[0], -1).square().sum(1) for tensor in tensors.values()]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    norms = [torch.linalg.vector_norm(tensor.detach().flatten(1), dim=1) for tensor in tensors.values()]
+    return torch.stack(norms).square().sum(0)
 
 
 def _masked(tensors: Mapping[str, Tensor], alive: Tensor) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
 """Throughput of meta-training: milliseconds of processor time per task and inner step, one thread.
 
 The paper's 31-feature optimizer on a 64-32-10 network, batches of 64, T = 20 steps, exact second-order reverse mode,
-judged after the last step. With ``--jax`` also the same computation in JAX (jitted, vmapped, scanned), where it is
+its meta-loss after the last step. With ``--jax`` also the same computation in JAX (jitted, vmapped, scanned), where it is
 installed. With ``--memory`` instead the peak memory of one meta-gradient of so many tasks, in this process (Linux).
 
     python tests/benchmarks/meta_training.py [--tasks 1 8 32] [--repeats 3] [--jax]
-    python tests/benchmarks/meta_training.py --memory --tasks 64 --steps 100 [--estimator segmented]
+    python tests/benchmarks/meta_training.py --memory --tasks 64 --steps 100 [--mode segmented]
 
 Processor time rather than wall time, so that a busy machine says something too; caches shared with other processes
 still make it slower than an idle one.
@@ -20,8 +20,8 @@ from importlib.util import find_spec
 
 import torch
 
-from lightning_l2l import MetaTraining, MLPOptimizer
-from lightning_l2l.exact.windows import Name
+from lightning_l2l import MetaTraining, MLPOptimizer, Unroll
+from lightning_l2l.exact.estimators import Mode
 from lightning_l2l.tasks import ImageClassification
 
 STEPS = 20
@@ -33,18 +33,18 @@ def images() -> ImageClassification:
     return ImageClassification(torch.rand(1200, 8, 8, generator=generator), torch.arange(1200) % 10)
 
 
-def meta_training(tasks: int, steps: int, estimator: Name) -> MetaTraining:
+def meta_training(tasks: int, steps: int, mode: Mode) -> MetaTraining:
     """What is measured."""
     torch.manual_seed(0)
     return MetaTraining(
-        MLPOptimizer(initialisation="scaled"), images(), unroll_steps=steps, tasks_at_once=tasks, estimator=estimator,
-        objective="naive", meta_data="train",
+        MLPOptimizer(initialisation="scaled"), images(), unroll_steps=steps, tasks_at_once=tasks,
+        estimator=Unroll(objective="naive", mode=mode), meta_data="train",
     )  # fmt: skip
 
 
-def ours(tasks: int, repeats: int, steps: int = STEPS, estimator: Name = "reverse") -> float:
+def ours(tasks: int, repeats: int, steps: int = STEPS, mode: Mode = "reverse") -> float:
     """Milliseconds per task and inner step."""
-    measured = meta_training(tasks, steps, estimator)
+    measured = meta_training(tasks, steps, mode)
     measured.training_step(None)
     seconds = []
     for _ in range(repeats):
@@ -54,9 +54,9 @@ def ours(tasks: int, repeats: int, steps: int = STEPS, estimator: Name = "revers
     return min(seconds) * 1e3 / (tasks * steps)
 
 
-def peak(tasks: int, steps: int, estimator: Name) -> tuple[float, float]:
+def peak(tasks: int, steps: int, mode: Mode) -> tuple[float, float]:
     """Megabytes of the process before and at the peak of one meta-gradient."""
-    measured = meta_training(tasks, steps, estimator)
+    measured = meta_training(tasks, steps, mode)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     measured.training_step(None)
     return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -121,17 +121,17 @@ def main() -> None:
     parser.add_argument("--jax", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--steps", type=int, default=STEPS, help="inner steps, without JAX (%(default)s)")
-    parser.add_argument("--estimator", default="reverse", choices=["reverse", "segmented"], help="%(default)s")
+    parser.add_argument("--mode", default="reverse", choices=["reverse", "segmented"], help="%(default)s")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.jax and find_spec("jax") is None:
         parser.error("--jax needs jax, which is not installed.")
     if options.memory:
-        before, highest = peak(max(options.tasks), options.steps, options.estimator)
+        before, highest = peak(max(options.tasks), options.steps, options.mode)
         print(f"{max(options.tasks)} tasks x {options.steps} steps: {highest:.0f} MB, {before:.0f} MB before")
         return
     for tasks in options.tasks:
-        found = ours(tasks, options.repeats, options.steps, options.estimator)
+        found = ours(tasks, options.repeats, options.steps, options.mode)
         line = f"{tasks:3d} task(s): {found:.2f} ms per task and step"
         if options.jax:
             found, compiling = in_jax(tasks, options.repeats)

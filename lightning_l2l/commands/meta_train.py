@@ -1,0 +1,125 @@
+"""Meta-train a learned optimizer over tasks, save it, and compare it with tuned Adam and tuned SGD.
+
+Writes learned.safetensors (for the command evaluate, and for LearnedOptimizer.load), and what evaluate writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_l2l import (
+    LearnedHyperparameters,
+    LearnedOptimizer,
+    LSTMOptimizer,
+    MetaTraining,
+    MLPOptimizer,
+    SmallFCOptimizer,
+)
+from lightning_l2l.commands.evaluate import add_task_arguments, compare, make_family
+from lightning_l2l.functional import inner_optimizer
+from lightning_l2l.plotting import require_matplotlib
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    option = parser.add_argument
+    option("--output", default="meta_train", help="folder for the results (%(default)s)")
+    option(
+        "--optimizer", default="small_fc", choices=["small_fc", "mlp", "lstm", "adam", "sgd"],
+        help="a network, or the hyperparameters of adam or sgd from a rate that is far too small (%(default)s)",
+    )  # fmt: skip
+    option("--updates", type=int, default=300, help="meta-updates (%(default)s)")
+    option("--unroll-steps", type=int, default=20, help="training steps that a meta-gradient covers (%(default)s)")
+    option("--episode-steps", type=int, default=200, help="steps of a whole training; 0: one unroll (%(default)s)")
+    option("--tasks-at-once", type=int, default=4, help="tasks side by side (%(default)s)")
+    option("--populations", type=int, default=5, help="groups of tasks at different steps (%(default)s)")
+    option(
+        "--objective", default="naive_mean", choices=["log", "naive", "log_mean", "naive_mean"], help="(%(default)s)"
+    )
+    option("--meta-data", default="train", choices=["train", "val"], help="what the meta-objective is evaluated on")
+    option("--estimator", default="auto", help="how the meta-gradient is computed; see MetaTraining (%(default)s)")
+    option("--first-order", action="store_true", help="leave out the derivative of the inner gradients")
+    option("--meta-learning-rate", type=float, default=3e-3, help="of the meta-optimizer, Adam (%(default)s)")
+    option("--clip", type=float, default=1.0, help="largest norm of a meta-gradient (%(default)s)")
+    option("--raw-output", action="store_true", help="networks: do not normalise the size of the steps")
+    option("--step-multiplier", type=float, default=0.01, help="networks: multiplies the steps (%(default)s)")
+    option("--seed", type=int, default=0, help="of initial weights, tasks and batches (%(default)s)")
+    option("--compare-steps", type=int, help="steps of the comparison; default: as many as it was trained on")
+    option("--compare-seeds", type=int, default=8, help="runs of each optimizer; 0: no comparison (%(default)s)")
+    add_task_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Meta-train, save, compare.
+
+    Raises:
+        ValueError: Settings that make no sense.
+        ImportError: Figures without matplotlib, or digits without scikit-learn.
+    """
+    if options.figure and options.compare_seeds:
+        require_matplotlib()
+    learned = make_optimizer(
+        options.optimizer, options.seed, normalise_output=not options.raw_output, multiplier=options.step_multiplier
+    )
+    family, episode = make_family(options), options.episode_steps or None
+    meta_training = MetaTraining(
+        learned, family, unroll_steps=options.unroll_steps, episode_steps=episode,
+        tasks_at_once=options.tasks_at_once, populations=options.populations if episode else 1,
+        objective=options.objective, meta_data=options.meta_data, estimator=options.estimator,
+        second_order=not options.first_order, meta_learning_rate=options.meta_learning_rate, warm_down=True,
+        seed=options.seed,
+    )  # fmt: skip
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    began = time.process_time()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        pl.Trainer(
+            max_steps=options.updates, max_epochs=-1, accelerator="cpu", devices=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            gradient_clip_val=options.clip, default_root_dir=folder,
+        ).fit(meta_training)  # fmt: skip
+    print(
+        f"meta-trained in {time.process_time() - began:.0f} s of processor time, "
+        f"{meta_training.diverged} inner run(s) diverged"
+    )
+    learned.tasks = options.task
+    learned.save(folder / "learned.safetensors")
+    if options.compare_seeds:
+        steps = options.compare_steps or episode or options.unroll_steps
+        compare({"learned": learned}, family, steps, options.compare_seeds, folder, figure=options.figure)
+    return 0
+
+
+def make_optimizer(
+    name: str, seed: int, *, normalise_output: bool = True, multiplier: float = 0.01
+) -> LearnedOptimizer:
+    """A learned optimizer that has learned nothing yet; the global random numbers stay as they are.
+
+    Args:
+        name: ``"small_fc"``, ``"mlp"``, ``"lstm"``, or ``"adam"`` and ``"sgd"``, which learn hyperparameters, starting
+            from a rate that is far too small.
+        seed: For the initial weights.
+        normalise_output: For the networks: every step has the same root mean square.
+        multiplier: For the networks: multiplies the steps.
+    """
+    if name == "adam":
+        return LearnedHyperparameters(("learning_rate", "betas")).attach(inner_optimizer(torch.optim.Adam, lr=1e-4))
+    if name == "sgd":
+        sgd = inner_optimizer(torch.optim.SGD, lr=1e-3, momentum=0.5)
+        return LearnedHyperparameters(("learning_rate", "momentum")).attach(sgd)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if name == "mlp":
+            return MLPOptimizer(32, multiplier, initialisation="scaled", normalise_output=normalise_output)
+        if name == "lstm":
+            return LSTMOptimizer(step_multiplier=multiplier, normalise_output=normalise_output)
+        return SmallFCOptimizer(8, multiplier, normalise_output=normalise_output)

@@ -1,1 +1,0 @@
-"""The bundled experiments behind the command line, one file each."""
