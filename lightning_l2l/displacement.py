@@ -57,35 +57,30 @@ class RunningAverage:
         >>> with torch.no_grad():
         ...     _ = weight.add_(1.0)
         >>> average.fold(1)
-        >>> round(average.displacement(0)[0].item(), 3)
-        0.1
+        >>> average.move_weights()
+        >>> round(weight.item(), 3)
+        0.9
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self.is_sharded = False
         self._average: dict[Tensor, Tensor] = {}
+        self._followed: list[int] = []
         self._last = 0
         self.follow()
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether sums over the parameters are sums over all processes (FSDP2)."""
-        return any(hasattr(parameter, "to_local") for parameter in self._average)
-
     def follow(self) -> None:
         """Parameters that are new, or newly trained, are followed from where they are; frozen ones no longer."""
-        trained = [
-            parameter
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad and not is_lazy(parameter)
-        ]
-        if len(trained) != len(self._average) or any(p not in self._average for p in trained):
-            self._average = {p: self._average[p] if p in self._average else _copied(p) for p in trained}
-
-    def parameters(self, group: int) -> list[Tensor]:
-        """The followed parameters of a group."""
-        return [p for p in self.optimizer.param_groups[group]["params"] if p in self._average]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        followed = [id(parameter) for parameter in parameters]
+        if followed == self._followed:
+            return
+        parameters = [parameter for parameter in parameters if not is_lazy(parameter)]
+        self._average = {p: self._average[p] if p in self._average else _copied(p) for p in parameters}
+        self._followed = followed if len(parameters) == len(followed) else []
+        # Then sums over the parameters are sums over all processes (FSDP2).
+        self.is_sharded = any(hasattr(parameter, "to_local") for parameter in parameters)
 
     @torch.no_grad()
     def fold(self, step: int) -> None:
@@ -94,38 +89,42 @@ class RunningAverage:
         Args:
             step: Steps made so far. Where some are left out, the weights count as if they had been the same all along.
         """
-        stays = math.prod(t / (t + 9) for t in range(self._last + 1, step + 1))
+        stays = math.prod([t / (t + 9) for t in range(self._last + 1, step + 1)])
         averages = list(self._average.values())
-        torch._foreach_lerp_(averages, [local(p).to(a.dtype) for p, a in self._average.items()], 1 - stays)
+        torch._foreach_lerp_(averages, self._seen_as(list(self._average), averages), 1 - stays)
         self._last = step
+
+    def _seen_as(self, tensors: list[Tensor], averages: list[Tensor]) -> list[Tensor]:
+        """Local shards of weights or gradients, in the dtypes of the averages."""
+        if self.is_sharded:
+            tensors = [local(tensor) for tensor in tensors]
+        return [t if t.dtype == a.dtype else t.to(a.dtype) for t, a in zip(tensors, averages, strict=True)]
 
     @torch.no_grad()
     def measure(self, group: int) -> Tensor:
         """Where a group stands: ``[<g, d>, <g, g>, <d, d>, <w, w>]`` for gradient g, displacement d and weights w.
 
-        Sums over this process's shards; parameters without a gradient do not count. One float64 tensor (float32 on
-        Apple's GPUs) on the device, so nothing waits for it.
+        Sums over all shards; parameters without a gradient do not count. Where the optimizer maximizes, the sign of g is
+        turned. One float64 tensor (float32 on Apple's GPUs) on the device, so nothing waits for it.
         """
-        parameters = [
-            p for p in self.optimizer.param_groups[group]["params"] if p in self._average and p.grad is not None
-        ]
+        options = self.optimizer.param_groups[group]
+        parameters = [p for p in options["params"] if p.grad is not None and p in self._average]
         if not parameters:
             return torch.zeros(4)
         averages = [self._average[p] for p in parameters]
-        weights = [local(p).to(a.dtype) for p, a in zip(parameters, averages, strict=True)]
-        gradients = [_dense(local(p.grad)).to(a.dtype) for p, a in zip(parameters, averages, strict=True)]
+        weights = self._seen_as(parameters, averages)
+        gradients = self._seen_as([p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters], averages)
         moved = torch._foreach_sub(weights, averages)
-        double = torch.float32 if weights[0].device.type == "mps" else torch.float64
-        squares = [
-            torch.stack(torch._foreach_norm(tensors)).to(double).square() for tensors in (gradients, moved, weights)
-        ]
-        along = torch.stack([part.sum() for part in torch._foreach_mul(gradients, moved)]).to(double)
-        if self.optimizer.param_groups[group].get("maximize"):
-            along = -along
-        sums = torch.stack([along, *squares])
+        norms = [*torch._foreach_norm(gradients), *torch._foreach_norm(moved), *torch._foreach_norm(weights)]
+        torch._foreach_mul_(moved, gradients)
+        device = norms[0].device
+        double = torch.float32 if device.type == "mps" else torch.float64
+        along = torch.stack([part.sum().to(device) for part in moved]).to(double)
+        squares = torch.stack([norm.to(device) for norm in norms]).to(double).square().view(3, -1)
+        sums = torch.cat([-along[None] if options.get("maximize") else along[None], squares])
         if not self.is_sharded:
             return sums.sum(1)
-        total = (sums * torch.tensor([_share(p) for p in parameters], dtype=double, device=sums.device)).sum(1)
+        total = (sums * torch.tensor([_share(p) for p in parameters], dtype=double, device=device)).sum(1)
         torch.distributed.all_reduce(total)
         return total
 
@@ -137,7 +136,7 @@ class RunningAverage:
 
     def restart(self) -> None:
         """Begin anew from the present weights."""
-        self._average, self._last = {}, 0
+        self._average, self._followed, self._last = {}, [], 0
         self.follow()
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,10 +154,6 @@ class RunningAverage:
 def _copied(parameter: Tensor) -> Tensor:
     weights = local(parameter)
     return weights.to(torch.promote_types(weights.dtype, torch.float32), copy=True)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _share(parameter: Tensor) -> float:

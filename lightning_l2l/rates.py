@@ -117,9 +117,7 @@ class AppliedRates:
     def refresh(self) -> None:
         """Take over what others have written, and show the applied rates again. Costs a comparison where nobody has."""
         groups = self.optimizer.param_groups
-        if len(groups) == len(self._shown) and all(
-            group["lr"] is shown for group, shown in zip(groups, self._shown, strict=True)
-        ):
+        if len(groups) == len(self._shown) and all(map(operator.is_, [group["lr"] for group in groups], self._shown)):
             return
         seen: set[int] = set()
         for index, group in enumerate(groups):

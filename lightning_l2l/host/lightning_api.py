@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,14 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-def is_a(value: Any, *names: str) -> bool:
-    """Whether a class of one of these names is among the bases of the value's class."""
-    return any(base.__name__ in names for base in type(value).__mro__)
+def is_a(value: Any, name: str) -> bool:
+    """Whether a class of this name is among the bases of the value's class."""
+    return name in _base_names(type(value))
+
+
+@lru_cache(maxsize=None)
+def _base_names(kind: type) -> frozenset[str]:
+    return frozenset(base.__name__ for base in kind.__mro__)
 
 
 def training_step_arguments(module: nn.Module, batch: Any) -> Mapping[str, Any]:
