@@ -27,7 +27,7 @@ from lightning_l2l import (
 from lightning_l2l.exact.estimators import Particles
 from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.host.module_task import ModuleTask
-from lightning_l2l.tasks import ImageClassification, Quadratic, RandomQuadratics, Task
+from lightning_l2l.tasks import Quadratic, RandomQuadratics, Task
 from lightning_l2l.tasks.length import Length
 from tests.test_task_family import Cliff
 
@@ -306,56 +306,3 @@ def test_a_checkpoint_of_other_populations_is_refused(trainer: Make) -> None:
     second = MetaTraining(step_size(), RandomQuadratics(2), **options)
     with pytest.raises(ValueError, match="same settings"):
         second.on_load_checkpoint(copy.deepcopy(checkpoint))
-
-
-def test_the_commands_write_what_they_promise_and_the_baselines_rate_is_an_inner_point(tmp_path: Path) -> None:
-    from lightning_l2l.experiments import evaluate, meta_train
-
-    folder = str(tmp_path / "meta_train")
-    rows = meta_train.run(
-        folder, optimizer="adam", task="quadratics", updates=2, unroll_steps=3, episode_steps=None, compare_seeds=3,
-        compare_steps=20,
-    )  # fmt: skip
-    assert [row.optimizer for row in rows] == ["adam", "sgd_momentum", "learned"]
-    assert rows[0].speed_up == pytest.approx(1.0)
-    assert all(row.learning_rate is not None and 1e-4 < row.learning_rate < 10 for row in rows[:2])
-    # Two updates from a rate of 1e-4 do not make a good optimizer.
-    assert rows[2].mean_train_loss > rows[0].mean_train_loss
-    written = {path.name for path in (tmp_path / "meta_train").iterdir()}
-    assert {"learned.safetensors", "comparison.csv", "curves.csv", "comparison.png"} <= written
-    again = evaluate.run(
-        [f"{folder}/learned.safetensors"], str(tmp_path / "again"), task="quadratics", steps=20, seeds=3, plots=False
-    )
-    assert again[2].mean_train_loss == rows[2].mean_train_loss
-
-
-@pytest.mark.parametrize("settings", ["quick", pytest.param("published", marks=pytest.mark.slow)])
-def test_experiment_three_compares_both_meta_objectives_and_sgd(tmp_path: Path, settings: Any) -> None:
-    from lightning_l2l.experiments import mlp_optimizer
-
-    found = mlp_optimizer.run(
-        str(tmp_path), samples=20, label_noise=[0.2], updates=1, steps=20, seeds=1, test_runs=1, settings=settings
-    )
-    assert [(row.method, row.train_samples, row.val_samples) for row in found] == [
-        ("train-by-train", 20, 0), ("train-by-train", 40, 0), ("train-by-validation", 20, 20), ("sgd", 20, 20)
-    ]  # fmt: skip
-    assert all(0 <= row.test_accuracy <= 1 for row in found)
-    assert (tmp_path / "test_accuracy.png").exists()
-    rows = (tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 1 + len(found) and rows[0].startswith("label_noise,method")
-    # At steps 0 ... 20; the last evaluation is what the row says.
-    assert all(row.curve is not None and row.curve.steps == tuple(range(21)) for row in found)
-    assert all(row.curve.test_accuracy[:, -1].mean().item() == row.test_accuracy for row in found if row.curve)
-    assert (tmp_path / "curves.png").exists()
-    rows = (tmp_path / "curves.csv").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 1 + 21 * len(found) and rows[0].endswith("step,train_loss,test_accuracy")
-
-
-def test_evaluations_along_a_run_do_not_change_it() -> None:
-    from lightning_l2l.experiments._runs import baseline, runs
-
-    family = ImageClassification.digits(train_samples=30, val_samples=10, batch_size=8, resample=True)
-    alone, seen = (runs("sgd", baseline("sgd", 0.1), family, 7, range(2), every=every) for every in (None, 3))
-    assert alone.curve is None and seen.curve is not None and seen.curve.steps == (0, 3, 6, 7)
-    torch.testing.assert_close(seen.train, alone.train, rtol=0, atol=0)
-    torch.testing.assert_close(seen.curve.test_accuracy[:, -1], alone.test_accuracy, rtol=0, atol=0)
