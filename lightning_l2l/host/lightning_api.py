@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,7 @@ def is_a(value: Any, name: str) -> bool:
     return name in _base_names(type(value))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _base_names(kind: type) -> frozenset[str]:
     return frozenset(base.__name__ for base in kind.__mro__)
 
@@ -197,7 +197,7 @@ def show_last_rates(trainer: pl.Trainer) -> None:
 
 
 def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """What callbacks such as ``WeightAveraging`` and ``StochasticWeightAveraging`` keep as an average of the weights."""
+    """What callbacks (``WeightAveraging``, ``StochasticWeightAveraging``) keep as an average of the weights."""
     found = (getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ()))
     return [model for model in found if isinstance(getattr(model, "n_averaged", None), torch.Tensor)]
 
