@@ -49,13 +49,12 @@ class LearnToLearn(pl.Callback):
         estimator: How the meta-gradient is estimated: :class:`~lightning_l2l.Displacement` (default), or exactly by
             :class:`~lightning_l2l.Unroll` or :class:`~lightning_l2l.EvolutionStrategies`, which also serve other
             hyperparameters than learning rates.
-        learned: What is learned, with an exact estimator; a template, :attr:`learned` is what the fit learned. ``None``:
-            a factor on the rate of each parameter group.
         every_n_steps: Optimizer steps from one update to the next. ``None``: in proportion to the steps so far, so that
             100 and 100,000 steps are the same problem.
-        meta_data: ``"auto"``: batches of the (first) validation loader where ``training_step`` can take them, else the
-            training gradients; ``"val"``: the same, but an error where it cannot; ``"train"``: the training gradients;
-            or a loader of batches. Data that you report results on should be none of these.
+        meta_data: What gradients the rate is learned from, besides those of the training. ``"auto"``: from the second
+            pass over the data on (in the first one, every training batch is new), batches of the (first) validation
+            loader, where there is one and ``training_step`` can take them. ``"val"``: from the start, and an error
+            where it cannot. ``"train"``: none. Or a loader of batches. Report results on none of these data.
         held_out_loss: ``held_out_loss(module, batch)`` returns the loss that counts, where ``training_step`` is not the
             measure (self-supervised training, detection, sequence to sequence).
         meta_learning_rate: How fast the logarithm of a rate moves, as a multiple of the default; 0 only observes.
@@ -178,9 +177,8 @@ class LearnToLearn(pl.Callback):
                     "counts, or leave meta_data out: then the rates are learned from the training gradients."
                 )
             return None
-        loader, count = (
-            lightning_api.first_loader(lightning_api.validation_loaders(trainer)) if own else (self.meta_data, 1)
-        )
+        loaders = lightning_api.validation_loaders(trainer) if own else self.meta_data
+        loader, count = lightning_api.first_loader(loaders)
         if loader is None:
             if self.meta_data == "val" or self.held_out_loss is not None:
                 raise MisconfigurationException(
@@ -256,9 +254,11 @@ class LearnToLearn(pl.Callback):
         compare = None
         if not lightning_api.is_manual(module) and not lightning_api.takes_iterator(module):
             compare = HeldOut(trainer, module, lambda _: batch, source="the training batch again", seed=self.seed)
+        # In the first pass over the data every training gradient is a held-out gradient.
+        is_new = self.meta_data == "auto" and self.held_out_loss is None and trainer.current_epoch == 0
         record = tuner.step(
             loss,
-            held_out=None if self._held_out is None else self._held_out.gradient,
+            held_out=None if self._held_out is None or is_new else self._held_out.gradient,
             compare=None if compare is None else compare.gradient,
         )
         error, tuner.held_out_error = tuner.held_out_error, None
@@ -430,8 +430,8 @@ def _check(
         raise TypeError("LearnToLearn(held_out_loss=...) must be a function of the module and a batch.")
     if held_out_loss is not None and meta_data == "train":
         raise ValueError(
-            "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there are "
-            "no held-out batches to take that loss of. Leave one of them out."
+            "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there "
+            "are no held-out batches to take that loss of. Leave one of them out."
         )
     if not 0 <= meta_learning_rate < math.inf:
         raise ValueError(f"LearnToLearn(meta_learning_rate={meta_learning_rate}) must be finite, and not negative.")

@@ -2,8 +2,8 @@
 
 The *base rate* of a parameter group is what the user's optimizer, scheduler or hook wrote; the *applied rate* is that
 times the learned factor. Groups show the applied rate, so monitors, progress bars and checkpoints see what is used;
-what others write is taken for the new base rate. Rates that are computed from the one shown (``group["lr"] *= 0.7``, and
-schedules that multiply) would carry the learned factor into the base; :class:`AppliedRate` prevents that.
+what others write is taken for the new base rate. A rate that is computed from the one shown (``group["lr"] *= 0.7``, or
+by a schedule that multiplies) would carry the learned factor into the base; :class:`AppliedRate` prevents that.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ class AppliedRates:
     def refresh(self) -> None:
         """Take over what others have written, and show the applied rates again. Costs a comparison where nobody has."""
         groups = self.optimizer.param_groups
-        if len(groups) == len(self._shown) and all(
-            group["lr"] is shown for group, shown in zip(groups, self._shown, strict=True)
-        ):
+        if len(groups) == len(self._shown) and all(map(operator.is_, [group["lr"] for group in groups], self._shown)):
             return
         seen: set[int] = set()
         for index, group in enumerate(groups):
@@ -154,19 +152,17 @@ class AppliedRates:
         for index in range(len(self.factors)):
             self._show(index)
 
-    def rebase(self, base: Sequence[float], factors: Sequence[float]) -> None:
-        """Set base rates and factors together: groups that a checkpoint has restored show applied rates.
+    def rebase(self, base: Sequence[float]) -> None:
+        """Set the base rates: groups that a checkpoint has restored show applied rates.
 
         Args:
             base: One rate for each group, or for the first so many.
-            factors: One positive number for each group.
         """
         for group, rate in zip(self.optimizer.param_groups, base, strict=False):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        self.apply(factors)
 
     def _show(self, index: int) -> None:
         group, base, factor = self.optimizer.param_groups[index], self._base[index], self.factors[index]

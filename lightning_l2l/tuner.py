@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ LARGEST_SAVED = 64 * 2**20
 _MOST_ROLLBACKS = 10
 # Held-out batches by which the snapshot and the present weights are compared.
 _COMPARED = 2
+
+
+# What shares a learned factor.
+Per = Literal["optimizer", "group"]
 
 
 class HeldOutError(RuntimeError):
@@ -54,6 +58,8 @@ class Displacement:
     """The default estimator: learning rates from the cosine of gradient and displacement. Nothing to choose.
 
     Attributes:
+        per: ``"optimizer"``: one factor for all parameter groups, whose ratios stay as you chose them; ``"group"``: a
+            factor for each, from its own cosine.
         final_decay: Where the length of the training is known, you have no schedule, and noise is what limits the loss
             (the cosine is not negative any more), let the rate fall to zero over the last fifth of the steps.
 
@@ -71,7 +77,13 @@ class Displacement:
         (True, True)
     """
 
+    per: Per = "optimizer"
     final_decay: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses what means nothing."""
+        if self.per not in get_args(Per):
+            raise ValueError(f"Displacement(per={self.per!r}) is not known; choose one of {list(get_args(Per))}.")
 
     def attach(
         self,
@@ -103,7 +115,7 @@ class Displacement:
             ValueError: A parameter group has no learning rate.
         """
         rule = Rule(
-            len(optimizer.param_groups),
+            len(optimizer.param_groups) if self.per == "group" else 1,
             planned_steps=planned_steps,
             every_n_steps=every_n_steps,
             speed=meta_learning_rate,
@@ -255,14 +267,36 @@ class Tuner:
         losses, measured = self._read()
         for number in losses:
             self._watch.see(number)
-        self.rule.see(self.steps, measured)
-        if self._guards and self._watch.is_suspicious and self.rollbacks < _MOST_ROLLBACKS:
+        for unit in self._units:
+            self.rule.see(self.steps, [self._of_unit(sums, unit) for sums in measured], unit)
+        if (
+            self._guards
+            and self.rollbacks < _MOST_ROLLBACKS
+            and (self._watch.is_suspicious or due and self._is_stuck())
+        ):
             record = self._go_back_if_lost(compare or held_out)
             if record is not None:
                 return record
         record = self._update(held_out) if due else None
-        self.rates.apply(self.rule.factors(self.steps))
+        self._apply()
         return record
+
+    @property
+    def _units(self) -> range:
+        return range(len(self.rule.log_factors))
+
+    def _of_unit(self, sums: list[list[float]], unit: int) -> list[float]:
+        """What was measured of a parameter group that has a factor of its own, or of all that share one."""
+        return sums[unit] if len(self._units) > 1 else [sum(column) for column in zip(*sums, strict=True)]
+
+    def _apply(self) -> None:
+        groups = range(len(self.optimizer.param_groups))
+        self.rates.apply([self.rule.factor(self.steps, min(group, len(self._units) - 1)) for group in groups])
+
+    def _is_stuck(self) -> bool:
+        """Whether the run has come uphill for some time, and its losses are above the first one still."""
+        old_enough = self.rule.age(self.steps) > self._watch.patience(30)
+        return old_enough and self._watch.mean > self._watch.first and self.rule.overshoots()
 
     @property
     def _sign(self) -> float:
@@ -291,22 +325,32 @@ class Tuner:
         return numbers[: len(losses)], [rows[at : at + groups] for at in range(0, len(rows), groups)]
 
     def _update(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
-        held_out_loss, held_out_cosine = math.nan, [math.nan] * len(self.optimizer.param_groups)
+        held_out_loss, held_out_cosines = math.nan, []
         if held_out is not None:
             try:
                 with held_out(len(self.history), None) as loss:
                     sums = self._measure()
                     *numbers, held_out_loss = torch.cat([sums.flatten(), loss.detach().reshape(1).to(sums)]).tolist()
-                held_out_cosine = [cosine(*numbers[at : at + 3]) for at in range(0, len(numbers), 4)]
+                rows = [numbers[at : at + 4] for at in range(0, len(numbers), 4)]
+                held_out_cosines = [cosine(*self._of_unit(rows, unit)[:3]) for unit in self._units]
             except HeldOutError as error:
                 self.held_out_error = error
+        evidence = [self.rule.evidence(unit) for unit in self._units]
         if self.search_result is None and self.rule.ramps and not self.rule.is_ramping(self.steps):
             self.search_result = self._end_of_search()
-        found = self.rule.update(self.steps, self.rates.base)
+        self.rule.update(self.steps, max(self.rates.base, default=0.0), held_out_cosines)
         if self._guards and self._snapshot is not None and self._watch.has_improved():
             self._snapshot.take()
-        self.rates.apply(self.rule.factors(self.steps))
-        return self._record({"held_out_loss": held_out_loss, "held_out_cosine": held_out_cosine, **found})
+        self._apply()
+        return self._record(
+            {
+                "training_loss": self._watch.mean,
+                "held_out_loss": held_out_loss,
+                "cosine": [mean for mean, _ in evidence],
+                "cosine_error": [error for _, error in evidence],
+                "held_out_cosine": held_out_cosines,
+            }
+        )
 
     def _end_of_search(self) -> SearchResult:
         steps, factor = self.rule.ramp_steps, math.exp(self.rule.log_factors[0])
@@ -316,11 +360,10 @@ class Tuner:
         return SearchResult(rate, steps, f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}")
 
     def _record(self, found: dict[str, Any], trouble: str = "", note: str = "") -> dict[str, Any]:
-        record = {
+        record: dict[str, Any] = {
             "step": self.steps,
             "learning_rates": self.rates.applied,
             "base_rates": self.rates.base,
-            "training_loss": self._watch.mean,
             **found,
             "diagnostics": {"trouble": trouble, "note": note, "estimator": "displacement"},
         }
@@ -338,14 +381,14 @@ class Tuner:
                 return None
         snapshot.restore()
         self._measured, self._losses = [], []
-        self.average.restart()
+        self.average.restart(self.steps)
         cut = self.rule.cut(self.steps)
         self._watch.forget()
         self.rollbacks += 1
-        self.rates.apply(self.rule.factors(self.steps))
+        self._apply()
         note = (
             "The training had diverged. Weights and buffers were taken back to the last good snapshot, the optimizer's "
-            f"state begins anew, and the learning rate was multiplied by {cut:.2g}."
+            f"state begins anew, and the learning rate was divided by {cut:g}."
         )
         if self.rollbacks == _MOST_ROLLBACKS:
             note += (
@@ -412,7 +455,7 @@ class Tuner:
         """
         if len(state["base_rates"]) > len(self.optimizer.param_groups):
             raise ValueError(
-                f"The saved state is of an optimizer with {len(state['base_rates'])} parameter groups, and this one has "
+                f"The saved state is of an optimizer with {len(state['base_rates'])} parameter groups; this one has "
                 f"{len(self.optimizer.param_groups)}. Resume with the optimizer that was saved."
             )
         self.steps, self.seen, self.rollbacks = state["steps"], state["seen"], state["rollbacks"]
@@ -427,7 +470,8 @@ class Tuner:
         self.history = copy.deepcopy(state["history"])
         self.search_result = SearchResult(**state["search_result"]) if state["search_result"] else None
         # The optimizer's saved groups show the applied rates.
-        self.rates.rebase(state["base_rates"], self.rule.factors(self.steps))
+        self.rates.rebase(state["base_rates"])
+        self._apply()
 
     def close(self) -> None:
         """Leave the optimizer: no hooks, plain numbers in the groups, at the applied rates."""
