@@ -177,8 +177,9 @@ class LearnToLearn(pl.Callback):
                     "counts, or leave meta_data out: then the rates are learned from the training gradients."
                 )
             return None
-        loaders = lightning_api.validation_loaders(trainer) if own else self.meta_data
-        loader, count = lightning_api.first_loader(loaders)
+        loader, count = self.meta_data, 1  # a list is one of batches
+        if own:
+            loader, count = lightning_api.first_loader(lightning_api.validation_loaders(trainer))
         if loader is None:
             if self.meta_data == "val" or self.held_out_loss is not None:
                 raise MisconfigurationException(

@@ -1,0 +1,378 @@
+"""The default estimator equals a slow twin that is written on one page: average, cosine, and the rule that moves rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import NotesRates, Plain, difference, examples, loader, sgd
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_l2l import Displacement, LearnToLearn
+
+Parameters = list[Tensor]
+
+
+class SlowTwin:
+    """What a page of the documentation says, in float64 and one number at a time.
+
+    Args:
+        optimizer: The optimizer that is watched.
+        planned: The steps of the whole training.
+        per: What shares a factor.
+        held_out: Writes held-out gradients into ``.grad``.
+        ramps: Whether a rate that hardly moves the weights rises at once.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        planned: float,
+        per: str = "optimizer",
+        held_out: Callable[[], None] | None = None,
+        ramps: bool = False,
+    ) -> None:
+        self.optimizer, self.planned, self.held_out, self.ramps = optimizer, planned, held_out, ramps
+        self.units = [[g] for g in optimizer.param_groups] if per == "group" else [optimizer.param_groups]
+        self.base = [float(group["lr"]) for group in optimizer.param_groups]
+        self.log = [0.0] * len(self.units)
+        self.held = [0.0] * len(self.units)
+        self.cosines: list[list[float]] = [[] for _ in self.units]
+        self.t, self.next, self.folded, self.decay_from = 0, 10, 0, math.inf
+        self.records: list[dict[str, Any]] = []
+        self.average: dict[Tensor, Tensor] = {}
+
+    def sampled(self, t: int) -> bool:
+        return t % max(1, t // 128) == 0
+
+    def sums(self, unit: int) -> tuple[float, float, float, float]:
+        along = gradients = moved = weights = 0.0
+        for group in self.units[unit]:
+            for p in group["params"]:
+                if p in self.average and p.grad is not None:
+                    gradient = (-1 if group.get("maximize") else 1) * p.grad.to_dense().double()
+                    away = p.detach().double() - self.average[p]
+                    along += (gradient * away).sum().item()
+                    gradients, moved = gradients + gradient.square().sum().item(), moved + away.square().sum().item()
+                    weights += p.detach().double().square().sum().item()
+        return along, gradients, moved, weights
+
+    def cosine(self, unit: int) -> float:
+        along, gradients, moved, _ = self.sums(unit)
+        return along / math.sqrt(gradients * moved) if gradients * moved > 0 else math.nan
+
+    def before_step(self) -> None:
+        if not self.sampled(self.t):
+            return
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.average = {p: self.average.get(p, p.detach().double().clone()) for p in trained}
+        for unit, cosines in enumerate(self.cosines):
+            found = self.cosine(unit)
+            if not math.isnan(found):
+                cosines.append(found)
+                _, _, moved, weights = self.sums(unit)
+                still = 3 < self.t + 1 <= 60 and moved < 1e-6 * weights
+                if self.ramps and still and sum(cosines) / len(cosines) < -0.1:
+                    self.log[unit] += math.log(1.5)
+
+    def after_step(self) -> None:
+        self.t += 1
+        if self.sampled(self.t - 1):
+            for step in range(self.folded + 1, self.t + 1):
+                for p, average in self.average.items():
+                    average += 9 / (step + 9) * (p.detach().double() - average)
+            self.folded = self.t
+        if self.t >= self.next:
+            self.update()
+
+    def update(self) -> None:
+        margin = 0.05 + 0.2 * max(0.0, 1 - self.t / (0.2 * self.planned))
+        found, means = [], []
+        if self.held_out is not None:
+            self.held_out()
+        for unit, cosines in enumerate(self.cosines):
+            n = len(cosines)
+            mean = sum(cosines) / n
+            error = math.sqrt(sum((c - mean) ** 2 for c in cosines) / n / n) if n >= 3 else 1.0
+            found.append((mean, error))
+            if self.held_out is not None:
+                self.held[unit] = 0.6 * self.held[unit] + 0.4 * self.cosine(unit)
+                mean = max(mean, self.held[unit])
+            means.append(mean)
+            if self.decay_from == math.inf:
+                rise, fall = (-mean - error - margin) / 0.2, (mean - error) / 0.2
+                self.log[unit] += 2 * math.log(1.2) * (min(1, max(0, rise)) - min(1, max(0, fall)))
+                self.log[unit] = max(self.log[unit], 0.0)
+        end = int(0.8 * self.planned) if self.planned < math.inf else math.inf
+        if self.t >= end and self.decay_from == math.inf and max(means) > -0.05:
+            self.decay_from = self.t
+        self.next = max(self.t + 1, math.ceil(1.2 * self.t))
+        self.next = end if self.t < end < self.next else self.next
+        self.cosines = [[] for _ in self.units]
+        self.records.append({"step": self.t, "cosine": found, "learning_rates": self.rates()})
+
+    def rates(self) -> list[float]:
+        left = 1.0 if self.decay_from == math.inf else (self.planned - self.t) / (self.planned - self.decay_from)
+        return [rate * math.exp(self.log[min(i, len(self.log) - 1)]) * left for i, rate in enumerate(self.base)]
+
+
+def assert_equal(history: list[dict[str, Any]], twin: SlowTwin, accuracy: float = 1e-6) -> None:
+    assert [record["step"] for record in history] == [record["step"] for record in twin.records] and history
+    for record, expected in zip(history, twin.records, strict=True):
+        means, errors = zip(*expected["cosine"], strict=True)
+        assert record["cosine"] == pytest.approx(means, abs=accuracy)
+        # A variance is a difference of numbers that may be nearly equal.
+        assert record["cosine_error"] == pytest.approx(errors, abs=10 * accuracy)
+        assert record["learning_rates"] == pytest.approx(expected["learning_rates"], rel=10 * accuracy)
+
+
+class TwoGroups(Plain):
+    """Two layers with a rate each."""
+
+    def make_net(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def configure_optimizers(self) -> Any:
+        self.optimizer = self.optimizer([{"params": self.net[0].parameters()}, {"params": self.net[2].parameters()}])
+        self.optimizer.param_groups[1]["lr"] /= 5
+        return self.optimizer
+
+
+class Beside(pl.Callback):
+    """The twin beside a run of Lightning's."""
+
+    def __init__(self, held_out: Any = None, **options: Any) -> None:
+        self.held_out, self.options = held_out, options
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def gradients() -> None:
+            loss = functional.cross_entropy(pl_module.net(self.held_out[0]), self.held_out[1])
+            parameters = list(pl_module.net.parameters())
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
+
+        held_out = None if self.held_out is None else gradients
+        self.twin = SlowTwin(trainer.optimizers[0], trainer.estimated_stepping_batches, held_out=held_out, **self.options)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.twin.before_step()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step > self.twin.t:
+            self.twin.after_step()
+
+
+NOTED = lambda rate: lambda parameters: NotesRates(parameters, lr=rate, momentum=0.9)  # noqa: E731
+
+
+@pytest.mark.parametrize("per", ["optimizer", "group"])
+@pytest.mark.parametrize("with_held_out", [False, True], ids=["training gradients", "held-out gradients, too"])
+@pytest.mark.parametrize("rate", [0.003, 0.3], ids=["small", "large"])
+def test_a_whole_fit_is_that_of_the_twin(trainer: Any, per: Any, with_held_out: bool, rate: float) -> None:
+    held_out = tuple(t.double() if t.is_floating_point() else t for t in examples(16, seed=2).tensors)
+    callback = LearnToLearn(
+        Displacement(per=per),
+        meta_data=[held_out] if with_held_out else "train",
+        initial_search=False,
+        divergence_guard=False,
+    )
+    beside, module = Beside(held_out if with_held_out else None, per=per), TwoGroups(NOTED(rate))
+    options = {"precision": "64-true", "max_epochs": 23, "check_val_every_n_epoch": 99}
+    data = loader(96, shuffle=True), loader(24, 1)
+    trainer(beside, callback, **options).fit(module, *data)  # 276 steps: the last ones in strides
+    assert_equal(callback.history, beside.twin)
+    rates = {record["step"]: record["learning_rates"] for record in callback.history}
+    moved = [rates[step] != rates[step - 1] for step in rates if step - 1 in rates]
+    assert len({tuple(value) for value in rates.values()}) > 5 or any(moved)
+    assert module.optimizer.used[10:12] == [rates[10]] * 2  # what the record says is what is stepped with
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.01}])
+def test_accumulated_and_clipped_gradients_are_those_that_the_optimizer_gets(trainer: Any, options: Any) -> None:
+    callback = LearnToLearn(meta_data="train", initial_search=False, divergence_guard=False)
+    beside, module = Beside(), TwoGroups(NOTED(0.1))
+    trainer(beside, callback, precision="64-true", max_epochs=10, **options).fit(module, loader(), loader(16, 1))
+    assert_equal(callback.history, beside.twin)
+
+
+def train(
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[int], Tensor],
+    steps: int = 90,
+    each: Callable[[int], None] = lambda step: None,
+    closure: bool = False,
+    ramps: bool = False,
+    per: Any = "optimizer",
+) -> tuple[Any, SlowTwin]:
+    """A loop of plain PyTorch with the estimator and its twin."""
+    twin = SlowTwin(optimizer, steps, per, ramps=ramps)
+    tuner = Displacement(per=per).attach(
+        optimizer, planned_steps=steps, initial_search=ramps, divergence_guard=False
+    )
+    for step in range(steps):
+        each(step)
+
+        def gradients(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            value = loss(step)
+            value.backward()
+            twin.before_step()
+            return value
+
+        if closure:
+            optimizer.step(gradients)
+        else:
+            gradients()
+            optimizer.step()
+        twin.after_step()
+        tuner.step(None)
+    return tuner, twin
+
+
+def noisy_valley(parameters: Parameters, sign: float = 1.0) -> Callable[[int], Tensor]:
+    targets = torch.randn(200, sum(p.numel() for p in parameters), generator=torch.Generator().manual_seed(0))
+
+    def loss(step: int) -> Tensor:
+        weights = torch.cat([p.flatten() for p in parameters])
+        curvature = torch.linspace(0.1, 1, len(weights))
+        return sign * 0.5 * (curvature * (weights - 0.3 * targets[step].to(weights)) ** 2).sum()
+
+    return loss
+
+
+def two(dtype: torch.dtype = torch.float64) -> Parameters:
+    return [nn.Parameter(torch.full((4, 3), 2.0, dtype=dtype)), nn.Parameter(torch.ones(5, dtype=dtype))]
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "Adagrad", "RMSprop"])
+def test_plain_loops_with_and_without_closures(kind: str, closure: bool) -> None:
+    parameters = two()
+    groups = [{"params": [parameter]} for parameter in parameters]
+    tuner, twin = train(
+        parameters, getattr(torch.optim, kind)(groups, lr=0.03), noisy_valley(parameters), closure=closure, per="group"
+    )
+    assert_equal(tuner.history, twin, 1e-9)
+
+
+def test_a_rate_that_hardly_moves_the_weights_rises_at_once() -> None:
+    parameters = two()
+    tuner, twin = train(parameters, torch.optim.SGD(parameters, lr=1e-6), noisy_valley(parameters), ramps=True)
+    assert_equal(tuner.history, twin, 1e-9)
+    assert tuner.rates.applied[0] > 1e-4 or max(r["learning_rates"][0] for r in tuner.history) > 1e-4
+    assert tuner.search_result.steps > 0 and "multiplied by" in tuner.search_result.reason
+
+
+def test_maximizing_is_minimizing_the_negative() -> None:
+    found = []
+    for sign, options in ((1.0, {}), (-1.0, {"maximize": True})):
+        parameters = two()
+        optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, **options)
+        tuner, twin = train(parameters, optimizer, noisy_valley(parameters, sign))
+        assert_equal(tuner.history, twin, 1e-9)
+        found.append(tuner.history)
+    assert difference(*found) == ""
+
+
+def test_sparse_gradients_are_those_of_the_dense_ones() -> None:
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(12, 3, sparse=sparse, dtype=torch.float64)
+        parameters = list(embedding.parameters())
+        loss = lambda step, e=embedding: (e(torch.tensor([step % 12, 3, 3])) - 1).square().sum()  # noqa: E731
+        tuner, twin = train(parameters, torch.optim.SGD(parameters, lr=0.05), loss)
+        assert_equal(tuner.history, twin, 1e-9)
+        found.append(tuner.rates.applied)
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_what_is_frozen_does_not_count_and_what_is_thawed_counts_from_where_it_is() -> None:
+    parameters = two()
+
+    def thaw(step: int) -> None:
+        parameters[0].requires_grad_(20 <= step < 50)
+
+    tuner, twin = train(parameters, torch.optim.SGD(parameters, lr=0.05), noisy_valley(parameters), each=thaw)
+    assert_equal(tuner.history, twin, 1e-9)
+
+
+def test_a_parameter_without_a_gradient_does_not_count() -> None:
+    parameters, unused = two(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    tuner, twin = train(parameters, torch.optim.SGD([*parameters, unused], lr=0.05), noisy_valley(parameters))
+    assert_equal(tuner.history, twin, 1e-9)
+
+
+def test_a_group_that_is_added_is_measured_from_then_on() -> None:
+    parameters = two()
+    optimizer = torch.optim.SGD(parameters[:1], lr=0.05)
+
+    def add(step: int) -> None:
+        if step == 25:
+            optimizer.add_param_group({"params": parameters[1:]})
+    tuner, twin = train(parameters, optimizer, noisy_valley(parameters), each=add)
+    assert [len(record["learning_rates"]) for record in tuner.history] == [
+        1 if record["step"] <= 25 else 2 for record in tuner.history
+    ]
+    assert [record["cosine"][0] for record in tuner.history] == pytest.approx(
+        [expected["cosine"][0][0] for expected in twin.records], abs=1e-9
+    )
+
+
+def test_half_precision_has_a_finer_average() -> None:
+    parameters = two(torch.bfloat16)
+    tuner, twin = train(parameters, torch.optim.SGD(parameters, lr=0.05), noisy_valley(parameters))
+    assert_equal(tuner.history, twin, 1e-5)  # sums in float32
+    assert all(average.dtype == torch.float32 for average in tuner.average.state_dict()["average"])
+
+
+def test_nothing_is_learned_from_gradients_that_are_no_numbers() -> None:
+    parameters = two()
+    valley = noisy_valley(parameters)
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+
+    def loss(step: int) -> Tensor:
+        return valley(step)
+
+    def spoil(_: Any, __: Any, ___: Any) -> None:
+        if tuner.steps == 30:
+            for parameter in parameters:
+                parameter.grad.zero_()  # no direction, no cosine
+
+    tuner = Displacement().attach(optimizer, planned_steps=90, divergence_guard=False)
+    hook = optimizer.register_step_pre_hook(spoil)
+    for step in range(90):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        tuner.step()
+    hook.remove()
+    assert all(math.isfinite(record["cosine"][0]) for record in tuner.history)
+
+
+def test_rates_fall_to_zero_at_the_end_where_noise_rules_and_nobody_else_schedules(trainer: Any) -> None:
+    def last(estimator: Any, schedule: Any = None, **options: Any) -> float:
+        torch.manual_seed(1)
+        module = Plain(lambda p: NotesRates(p, lr=3.0), schedule)
+        callback = LearnToLearn(estimator, initial_search=False, divergence_guard=False)
+        fitted = trainer(callback, **{"max_epochs": 10, **options})
+        fitted.fit(module, loader(shuffle=True), loader(24, 1))
+        (optimizer,) = fitted.optimizers
+        return optimizer.used[-1][0] / max(rates[0] for rates in optimizer.used)
+
+    assert 0 < last(Displacement()) < 0.2
+    constant = lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)  # noqa: E731
+    assert last(Displacement(final_decay=False)) > 0.2 and last(Displacement(), constant) > 0.2
+    assert last(Displacement(), max_epochs=-1, max_steps=60) < 0.2
+
+
+def test_updates_every_n_steps(trainer: Any) -> None:
+    callback = LearnToLearn(every_n_steps=4, initial_search=False)
+    trainer(callback, max_epochs=4).fit(Plain(sgd(0.1)), loader(), loader(24, 1))
+    assert [record["step"] for record in callback.history] == [4, 8, 12, 16, 19, 23]  # 19: four fifths of 24
