@@ -107,6 +107,7 @@ class LearnToLearn(pl.Callback):
         self._tuners: list[Tuner] = []
         self._held_out: HeldOut | None = None
         self._cleanup = ExitStack()
+        self._stage = ""
         self._reset()
 
     def _reset(self) -> None:
@@ -114,6 +115,7 @@ class LearnToLearn(pl.Callback):
         self.learning_rates: list[float] = []
         self.search_result: SearchResult | None = None
         self._saved: dict[str, Any] = {}  # what the next fit goes on from
+        self._is_loaded = False
         self._model: Callable[[], Any] = lambda: None
         self._said: set[str] = set()
         self._logged: tuple[int, list[float]] | None = None
@@ -123,9 +125,11 @@ class LearnToLearn(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
+        self._stage = stage
         if stage != "fit":
             return
-        if trainer.global_step > 0 and self._model() is not pl_module:
+        goes_on = trainer.global_step > 0 and self._model() is pl_module
+        if not goes_on and not self._is_loaded:
             self._reset()
         lightning_api.refuse_several(trainer, LearnToLearn)
 
@@ -135,8 +139,7 @@ class LearnToLearn(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers, restored or fresh."""
-        same = self._model() is pl_module or self._model() is None
-        saved = self._saved if same else {}
+        saved, self._is_loaded = self._saved, False
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
         self._held_out = self._find_held_out(trainer, pl_module)
@@ -317,11 +320,13 @@ class LearnToLearn(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the optimizers and the module."""
+        self._stage = ""
         if stage == "fit":
             self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """The same: after an exception Lightning does not call ``teardown``."""
+        self._stage = ""
         self._close()
 
     def _close(self) -> None:
@@ -374,8 +379,10 @@ class LearnToLearn(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, in the fit that begins."""
+        if self._stage in ("validate", "test", "predict"):
+            return  # of a checkpoint's weights; what was learned in the last fit stays
         self._reset()
-        self._saved = state_dict
+        self._saved, self._is_loaded = state_dict, True
 
 
 class _StepsSchedulers:

@@ -220,8 +220,8 @@ class Rule:
         return step >= self._next
 
     def is_ramping(self, step: int) -> bool:
-        """Whether the rate has risen at once since the last update, and may go on."""
-        return self.ramp_steps > self._last and step < _RAMP_STEPS
+        """Whether the rate may go on rising at once: it has since the last update, or it is too early to tell."""
+        return step < _FIRST_UPDATE or self.ramp_steps > self._last and step < _RAMP_STEPS
 
     def see(self, step: int, measured: Iterable[Sequence[float]], unit: int = 0) -> None:
         """Measurements of a unit since the last call, each ``[<g, d>, <g, g>, <d, d>, <w, w>]``."""
@@ -271,14 +271,15 @@ class Rule:
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
             moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
             self.log_factors[unit] = max(moved, min(self._floor, value))
-        is_late = self._decays and step >= int(_DECAY_AT * self.planned_steps)
+        decay_at = int(_DECAY_AT * self.planned_steps) if self.planned_steps < math.inf else math.inf
+        is_late = self._decays and step >= decay_at
         if is_late and self._decay_from == math.inf and any(mean > _PROGRESS for mean in means):
             self._decay_from = step
         self._sums = [[0.0, 0.0, 0.0] for _ in means]
         self._last = step
         self._next = step + self._every if self._every else max(step + 1, math.ceil(step * _RATIO))
-        if step < int(_DECAY_AT * self.planned_steps) < self._next:
-            self._next = int(_DECAY_AT * self.planned_steps)
+        if step < decay_at < self._next:
+            self._next = decay_at
 
     def factor(self, step: int, unit: int = 0) -> float:
         """What the base rate is multiplied by in the step after so many."""

@@ -187,8 +187,7 @@ def test_a_whole_fit_is_that_of_the_twin(trainer: Any, per: Any, with_held_out: 
     trainer(beside, callback, **options).fit(module, *data)  # 276 steps: the last ones in strides
     assert_equal(callback.history, beside.twin)
     rates = {record["step"]: record["learning_rates"] for record in callback.history}
-    moved = [rates[step] != rates[step - 1] for step in rates if step - 1 in rates]
-    assert len({tuple(value) for value in rates.values()}) > 5 or any(moved)
+    assert len({tuple(value) for value in rates.values()}) > 1
     assert module.optimizer.used[10:12] == [rates[10]] * 2  # what the record says is what is stepped with
 
 
