@@ -267,8 +267,8 @@ class LearnToLearn(pl.Callback):
         )
         error, tuner.held_out_error = tuner.held_out_error, None
         if record is not None and record["diagnostics"]["trouble"] == "rolled_back":
-            for model in lightning_api.averaged_models(trainer):
-                model.n_averaged.zero_()  # an average with weights of the lost run is lost, too: begin it anew
+            for count in lightning_api.averages(trainer):
+                count.zero_()  # an average with weights of the lost run is lost, too: begin it anew
         if error is not None:
             if self.meta_data != "auto" or self.held_out_loss is not None:
                 raise error

@@ -162,6 +162,8 @@ def test_an_average_of_the_weights_begins_anew_where_the_run_was_taken_back(trai
     assert rollbacks(callback)
     assert all(torch.isfinite(p).all() for p in module.parameters())  # the average, by now
     assert final_loss(module) < 0.8 * math.log(CLASSES)
+    count = average.n_averaged if kind is StochasticWeightAveraging else average._average_model.n_averaged
+    assert 0 < int(count) <= (10 if kind is StochasticWeightAveraging else 120 - 61)
 
 
 @pytest.mark.filterwarnings(LOST)

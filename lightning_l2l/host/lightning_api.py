@@ -196,10 +196,18 @@ def show_last_rates(trainer: pl.Trainer) -> None:
             scheduler._last_lr = [float(group["lr"]) for group in scheduler.optimizer.param_groups]
 
 
-def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """What callbacks (``WeightAveraging``, ``StochasticWeightAveraging``) keep as an average of the weights."""
-    found = (getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ()))
-    return [model for model in found if isinstance(getattr(model, "n_averaged", None), torch.Tensor)]
+def averages(trainer: pl.Trainer) -> list[torch.Tensor]:
+    """How many states each average of the weights holds that a callback keeps; at zero it begins anew.
+
+    ``WeightAveraging`` counts in the averaged model, ``StochasticWeightAveraging`` itself.
+    """
+    owners = [
+        owner
+        for callback in getattr(trainer, "callbacks", ())
+        for owner in (callback, getattr(callback, "_average_model", None))
+    ]
+    counts = [getattr(owner, "n_averaged", None) for owner in owners]
+    return [count for count in counts if isinstance(count, torch.Tensor)]
 
 
 def log_on_step(
