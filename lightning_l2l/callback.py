@@ -96,6 +96,7 @@ class LearnToLearn(pl.Callback):
         super().__init__()
         estimator = Displacement() if estimator is None else estimator
         _check(estimator, every_n_steps, meta_data, held_out_loss, meta_learning_rate)
+        _check_types(initial_search=initial_search, divergence_guard=divergence_guard, seed=seed)
         self.estimator = estimator
         self.every_n_steps = every_n_steps
         self.meta_data = meta_data
@@ -437,6 +438,11 @@ def _check(
         raise TypeError(
             "LearnToLearn(meta_data=...) was given a Dataset. Wrap it: DataLoader(dataset, batch_size=...)."
         )
+    if not isinstance(meta_data, str) and not hasattr(meta_data, "__iter__"):
+        raise TypeError(
+            f"LearnToLearn(meta_data={meta_data!r}) must be 'auto', 'val', 'train', or a loader of batches, which can be "
+            "iterated."
+        )
     if held_out_loss is not None and not callable(held_out_loss):
         raise TypeError("LearnToLearn(held_out_loss=...) must be a function of the module and a batch.")
     if held_out_loss is not None and meta_data == "train":
@@ -444,5 +450,15 @@ def _check(
             "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there "
             "are no held-out batches to take that loss of. Leave one of them out."
         )
+    if isinstance(meta_learning_rate, bool) or not isinstance(meta_learning_rate, (int, float)):
+        raise TypeError(f"LearnToLearn(meta_learning_rate={meta_learning_rate!r}) must be a number.")
     if not 0 <= meta_learning_rate < math.inf:
         raise ValueError(f"LearnToLearn(meta_learning_rate={meta_learning_rate}) must be finite, and not negative.")
+
+
+def _check_types(*, initial_search: Any, divergence_guard: Any, seed: Any) -> None:
+    for name, value in (("initial_search", initial_search), ("divergence_guard", divergence_guard)):
+        if not isinstance(value, bool):
+            raise TypeError(f"LearnToLearn({name}={value!r}) must be True or False.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"LearnToLearn(seed={seed!r}) must be a whole number.")

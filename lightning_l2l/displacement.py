@@ -272,7 +272,7 @@ class Rule:
             moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
             self.log_factors[unit] = max(moved, min(self._floor, value))
         decay_at = int(_DECAY_AT * self.planned_steps) if self.planned_steps < math.inf else math.inf
-        is_late = self._decays and step >= decay_at
+        is_late = self._decays and decay_at <= step < self.planned_steps
         if is_late and self._decay_from == math.inf and any(mean > _PROGRESS for mean in means):
             self._decay_from = step
         self._sums = [[0.0, 0.0, 0.0] for _ in means]

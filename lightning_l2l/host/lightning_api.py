@@ -221,7 +221,8 @@ def log_on_step(
     connector, results, hook = trainer._logger_connector, trainer._results, module._current_fx_name
     key = f"{hook}.{name}"
     if results is None or hook is None or key not in results:
-        module.log(name, value, prog_bar=prog_bar, on_step=True)
+        # The batch size, where training_step takes an iterator, can only be told; it matters to means only.
+        module.log(name, value, prog_bar=prog_bar, on_step=True, batch_size=1)
         return
     if connector.should_reset_tensors(hook):  # the first one of this hook in an epoch
         results.reset(metrics=False, fx=hook)
