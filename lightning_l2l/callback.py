@@ -20,7 +20,7 @@ from lightning_l2l.host.held_out import HeldOut, ValidationBatches
 from lightning_l2l.host.isolation import hidden_attribute
 from lightning_l2l.rates import plain
 from lightning_l2l.schedule import AppliedRecord, LearnedSchedule
-from lightning_l2l.tuner import Displacement, SearchResult, Tuner
+from lightning_l2l.tuner import Displacement, HeldOutGradient, SearchResult, Tuner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,6 +106,8 @@ class LearnToLearn(pl.Callback):
         self.seed = seed
         self._tuners: list[Tuner] = []
         self._held_out: HeldOut | None = None
+        self._compare: HeldOutGradient | None = None
+        self._batch: Any = None
         self._cleanup = ExitStack()
         self._reset()
 
@@ -135,11 +137,14 @@ class LearnToLearn(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers, restored or fresh."""
-        same = self._model() is pl_module or self._model() is None
-        saved = self._saved if same else {}
+        saved = self._saved if self._model() in (None, pl_module) else {}
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
         self._held_out = self._find_held_out(trainer, pl_module)
+        self._compare = None
+        if not lightning_api.is_manual(pl_module) and not lightning_api.takes_iterator(pl_module):
+            same = HeldOut(trainer, pl_module, lambda _: self._batch, source="the last training batch", seed=self.seed)
+            self._compare = same.gradient
         for number, optimizer in enumerate(lightning_api.real_optimizers(trainer)):
             tuner = self._attach(trainer, pl_module, optimizer)
             self._tuners.append(tuner)
@@ -251,15 +256,13 @@ class LearnToLearn(pl.Callback):
     def _step(
         self, trainer: pl.Trainer, module: pl.LightningModule, tuner: Tuner, loss: torch.Tensor | None, batch: Any
     ) -> dict[str, Any] | None:
-        compare = None
-        if not lightning_api.is_manual(module) and not lightning_api.takes_iterator(module):
-            compare = HeldOut(trainer, module, lambda _: batch, source="the training batch again", seed=self.seed)
+        self._batch = batch
         # In the first pass over the data every training gradient is a held-out gradient.
         is_new = self.meta_data == "auto" and self.held_out_loss is None and trainer.current_epoch == 0
         record = tuner.step(
             loss,
             held_out=None if self._held_out is None or is_new else self._held_out.gradient,
-            compare=None if compare is None else compare.gradient,
+            compare=self._compare,
         )
         error, tuner.held_out_error = tuner.held_out_error, None
         if error is not None:
@@ -329,7 +332,7 @@ class LearnToLearn(pl.Callback):
         self._cleanup.close()
         for tuner in self._tuners:
             tuner.close()
-        self._tuners, self._held_out, self._losses = [], None, []
+        self._tuners, self._held_out, self._compare, self._losses, self._batch = [], None, None, [], None
 
     # Results.
 

@@ -29,8 +29,9 @@ from lightning_l2l.preserve import local
 
 # The constants of the rule were chosen on one half of the task families of tests/benchmarks/population; docs/no-harm.md
 # has their results on the other half.
+_SMALL = 2**14  # entries: tensors up to this size are measured together
 _AVERAGE = 9  # the average moves by 9 / (t + 9) of the way: a mean age of an eighth of the steps
-_SAMPLES = 128  # measurements each time that the number of steps doubles, about
+_SAMPLES = 64  # measurements each time that the number of steps doubles, about
 _FIRST_UPDATE, _RATIO = 10, 1.2  # updates follow 10, 12, 14.4, ... steps
 _SPEED = 2.0  # the most that the log of the rate moves for each unit of the log of time
 _MARGIN, _FULL = 0.05, 0.2  # a cosine down to -_MARGIN is no reason to rise; _FULL beyond it is full speed
@@ -118,20 +119,27 @@ class RunningAverage:
         if not parameters:
             return torch.zeros(4)
         averages = [self._average[p] for p in parameters]
-        weights = self._seen_as(parameters, averages)
-        gradients = self._seen_as([p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters], averages)
-        moved = torch._foreach_sub(weights, averages)
-        norms = [*torch._foreach_norm(gradients), *torch._foreach_norm(moved), *torch._foreach_norm(weights)]
-        torch._foreach_mul_(moved, gradients)
-        device = norms[0].device
-        double = torch.float32 if device.type == "mps" else torch.float64
-        along = torch.stack([part.sum().to(device) for part in moved]).to(double)
-        squares = torch.stack([norm.to(device) for norm in norms]).to(double).square().view(3, -1)
-        sums = torch.cat([-along[None] if options.get("maximize") else along[None], squares])
+        gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
+        parts = list(
+            zip(self._seen_as(parameters, averages), averages, self._seen_as(gradients, averages), strict=True)
+        )
         if not self.is_sharded:
-            return sums.sum(1)
-        total = (sums * torch.tensor([_share(p) for p in parameters], dtype=double, device=device)).sum(1)
-        torch.distributed.all_reduce(total)
+            parts = _joined(parts)  # one call each for many small tensors
+        rows = []
+        for weights, average, gradient in parts:
+            moved = (weights - average).view(-1)
+            weights, gradient = weights.reshape(-1), gradient.reshape(-1)
+            rows += [gradient.dot(moved), gradient.dot(gradient), moved.dot(moved), weights.dot(weights)]
+        device = rows[0].device
+        double = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.stack([row.to(device) for row in rows]).to(double).view(-1, 4)
+        if self.is_sharded:
+            sums = sums * torch.tensor([[_share(p)] for p in parameters], dtype=double, device=device)
+        total = sums.sum(0)
+        if self.is_sharded:
+            torch.distributed.all_reduce(total)
+        if options.get("maximize"):
+            total[0].neg_()
         return total
 
     @torch.no_grad()
@@ -155,6 +163,16 @@ class RunningAverage:
         if [a.shape for a in averages] == [a.shape for a in state["average"]]:
             torch._foreach_copy_(averages, [a.to(b) for a, b in zip(state["average"], averages, strict=True)])
             self._last = state["last"]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The same with the small tensors of one device and dtype end to end."""
+    small = [part for part in parts if part[0].numel() <= _SMALL and part[0].dtype == parts[0][0].dtype]
+    if len(small) < 3 or len({tensor.device for tensor, _, _ in parts}) > 1:
+        return parts
+    joined = tuple(torch.cat([tensor.reshape(-1) for tensor in column]) for column in zip(*small, strict=True))
+    chosen = {id(part) for part in small}
+    return [part for part in parts if id(part) not in chosen] + [joined]  # type: ignore[list-item]
 
 
 def _copied(parameter: Tensor) -> Tensor:
@@ -279,6 +297,11 @@ class Rule:
         self._next = step + self._every if self._every else max(step + 1, math.ceil(step * _RATIO))
         if step < int(_DECAY_AT * self.planned_steps) < self._next:
             self._next = int(_DECAY_AT * self.planned_steps)
+
+    @property
+    def is_decaying(self) -> bool:
+        """Whether the factors change at every step."""
+        return self._decay_from < math.inf
 
     def factor(self, step: int, unit: int = 0) -> float:
         """What the base rate is multiplied by in the step after so many."""

@@ -278,7 +278,8 @@ class Tuner:
             if record is not None:
                 return record
         record = self._update(held_out) if due else None
-        self._apply()
+        if self.rule.is_decaying or self.rule.is_ramping(self.steps):
+            self._apply()
         return record
 
     @property

@@ -29,7 +29,7 @@ def is_a(value: Any, name: str) -> bool:
 
 
 @cache
-def _base_names(kind: type) -> frozenset[str]:
+def _base_names(kind: Any) -> frozenset[str]:
     return frozenset(base.__name__ for base in kind.__mro__)
 
 
@@ -198,7 +198,7 @@ def show_last_rates(trainer: pl.Trainer) -> None:
 
 def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
     """What callbacks (``WeightAveraging``, ``StochasticWeightAveraging``) keep as an average of the weights."""
-    found = (getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ()))
+    found = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ())]
     return [model for model in found if isinstance(getattr(model, "n_averaged", None), torch.Tensor)]
 
 
