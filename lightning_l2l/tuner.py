@@ -61,7 +61,7 @@ class Displacement:
         per: ``"optimizer"``: one factor for all parameter groups, whose ratios stay as you chose them; ``"group"``: a
             factor for each, from its own cosine.
         final_decay: Where the length of the training is known, you have no schedule, and noise is what limits the loss
-            (the cosine is not negative any more), let the rate fall to zero over the last fifth of the steps.
+            (the cosine is not negative any more), let the rate fall to zero over the last 15 % of the steps.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.full((1,), 5.0))
@@ -116,10 +116,11 @@ class Displacement:
         """
         rule = Rule(
             len(optimizer.param_groups) if self.per == "group" else 1,
+            base_rate=max([float(group["lr"]) for group in optimizer.param_groups if "lr" in group], default=0.0),
             planned_steps=planned_steps,
             every_n_steps=every_n_steps,
             speed=meta_learning_rate,
-            ramps=initial_search,
+            ramps=initial_search and not has_schedule,
             decays=self.final_decay and not has_schedule,
         )
         return Tuner(optimizer, rule, modules=modules, guard=divergence_guard, seed=seed)
@@ -269,11 +270,7 @@ class Tuner:
             self._watch.see(number)
         for unit in self._units:
             self.rule.see(self.steps, [self._of_unit(sums, unit) for sums in measured], unit)
-        if (
-            self._guards
-            and self.rollbacks < _MOST_ROLLBACKS
-            and (self._watch.is_suspicious or due and self._is_stuck())
-        ):
+        if self._guards and self._watch.is_suspicious and self.rollbacks < _MOST_ROLLBACKS:
             record = self._go_back_if_lost(compare or held_out)
             if record is not None:
                 return record
@@ -293,11 +290,6 @@ class Tuner:
     def _apply(self) -> None:
         groups = range(len(self.optimizer.param_groups))
         self.rates.apply([self.rule.factor(self.steps, min(group, len(self._units) - 1)) for group in groups])
-
-    def _is_stuck(self) -> bool:
-        """Whether the run has come uphill for some time, and its losses are above the first one still."""
-        old_enough = self.rule.age(self.steps) > self._watch.patience(30)
-        return old_enough and self._watch.mean > self._watch.first and self.rule.overshoots()
 
     @property
     def _sign(self) -> float:

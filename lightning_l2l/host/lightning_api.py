@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def is_a(value: Any, name: str) -> bool:
     """Whether a class of this name is among the bases of the value's class."""
-    return name in _base_names(type(value))
+    kind: Any = type(value)
+    return name in _base_names(kind)
 
 
 @cache
@@ -198,7 +199,7 @@ def show_last_rates(trainer: pl.Trainer) -> None:
 
 def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
     """What callbacks (``WeightAveraging``, ``StochasticWeightAveraging``) keep as an average of the weights."""
-    found = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ())]
+    found: list[Any] = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ())]
     return [model for model in found if isinstance(getattr(model, "n_averaged", None), torch.Tensor)]
 
 
