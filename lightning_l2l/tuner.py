@@ -391,8 +391,11 @@ class Tuner:
         return self._record({}, "rolled_back", note)
 
     def _loss(self, compare: HeldOutGradient, number: int, before: Callable[[], None] | None) -> float:
-        with compare(len(self.history) + number, before) as loss:
-            return self._sign * float(loss)
+        try:
+            with compare(len(self.history) + number, before) as loss:
+                return self._sign * float(loss)
+        except HeldOutError:  # a step may refuse weights that have diverged
+            return math.nan
 
     def held_out_gradient(self, loss: Callable[[], Tensor]) -> HeldOutGradient:
         """Held-out gradients of a function, for loops of plain PyTorch.
