@@ -11,6 +11,7 @@ from lightning_l2l.learned import (
     LSTMOptimizer,
     MLPOptimizer,
     SmallFCOptimizer,
+    UnitStepOptimizer,
 )
 from lightning_l2l.meta_training import MetaTraining
 
@@ -25,6 +26,7 @@ __all__ = [
     "MetaGradient",
     "MetaTraining",
     "SmallFCOptimizer",
+    "UnitStepOptimizer",
     "Unroll",
     "__version__",
     "meta_gradient",
