@@ -91,7 +91,7 @@ def _exact_unroll(task: Quadratic, step_size: float, steps: int) -> float:
     """The same from the losses alone."""
     learned = lightning_l2l.LearnedStepSize(minimum=1e-30, maximum=1e30)
     learned.attach(inner_optimizer(torch.optim.SGD, lr=step_size))
-    found = lightning_l2l.meta_gradient(task, task.initial_parameters(), learned, [None] * steps, None, objective="log")
+    found = lightning_l2l.meta_gradient(task, task.initial_parameters(), learned, [None] * steps, None)
     return found.gradients["learning_rate"].item()
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_l2l import LearnedHyperparameters, LearnedStepSize, meta_gradient
+from lightning_l2l import LearnedHyperparameters, LearnedStepSize, Unroll, meta_gradient
 from lightning_l2l.functional import inner_optimizer, mirror, read_state
 from lightning_l2l.tasks import LeastSquares, Quadratic
 
@@ -160,9 +160,8 @@ def engine() -> Iterator[Claim]:
         worst = 0.0
         for steps, step_size in ((5, 0.1 * limit), (80, 0.9 * limit), (80, 5 * limit), (400, 5 * limit)):
             learned = LearnedStepSize(maximum=1e9).attach(inner_optimizer(torch.optim.SGD, lr=step_size))
-            found = meta_gradient(
-                task, task.initial_parameters(), learned, [None] * steps, None, objective="log", estimator=estimator
-            )
+            unroll = Unroll(mode=estimator)
+            found = meta_gradient(task, task.initial_parameters(), learned, [None] * steps, None, estimator=unroll)
             exact = float(task.meta_gradient(step_size, steps)) * step_size  # the meta-parameter is the logarithm
             worst = max(worst, abs(found.gradients["learning_rate"].item() / exact - 1))
         text = f"exact unroll, {estimator}, against the closed form (also where plain backprop dies)"
@@ -192,9 +191,8 @@ def _network() -> Iterator[Claim]:
 
     def unrolled(estimator: Literal["forward", "reverse"], **moved: float) -> Any:
         learned.set_({name: torch.tensor([moved.get(name, 0.0)]).double() for name in names})
-        return meta_gradient(
-            loss, parameters, learned, batches[:5], batches[5], objective="naive", estimator=estimator, state=state
-        )
+        unroll = Unroll(objective="naive", mode=estimator)
+        return meta_gradient(loss, parameters, learned, batches[:5], batches[5], estimator=unroll, state=state)
 
     forward, reverse = (unrolled(estimator).gradients for estimator in _ESTIMATORS)
     apart = max(float((forward[name] / reverse[name] - 1).abs().max()) for name in names)

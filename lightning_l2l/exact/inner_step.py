@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.exact.packing import Packing
-from lightning_l2l.exact.processes import Processes
+from lightning_l2l.exact.processes import Processes, together
 from lightning_l2l.exact.scaled import ScaledVector
 from lightning_l2l.exact.second_order import check_second_derivatives
 from lightning_l2l.learned.base import LearnedOptimizer
@@ -218,7 +218,8 @@ class InnerStep:
             RuntimeError: It is.
         """
         if self.second_order:
-            check_second_derivatives(loss)
+            with together(self.processes):
+                check_second_derivatives(loss)
 
     def gradients(self, value: Tensor, iterate: Iterate, *, create_graph: bool) -> dict[str, Tensor | None]:
         """Gradient of a loss for each parameter (by :attr:`Iterate.named`); ``None`` for those it does not depend on.

@@ -1,4 +1,4 @@
-"""What applies a meta-gradient: an average of its recent signs, so to speak, with caution where a mistake is fatal."""
+"""What applies a meta-gradient of an unroll: momentum over RMS-normalised meta-gradients, cautious with increases."""
 
 from __future__ import annotations
 
@@ -11,35 +11,26 @@ from torch import Tensor, nn
 from lightning_l2l.learned.base import LearnedOptimizer
 
 # Chosen on six pairs of task and optimizer, confirmed on six others (docs, "the meta-optimizer").
-_MEMORY = 0.8
-_SCALE_MEMORY = 0.5
+_MOMENTUM = 0.8
+_SQUARE_MOMENTUM = 0.5
 _CAUTION = 0.25
 
 
 class MetaOptimizer(torch.optim.Optimizer):
     r"""Moves meta-parameters along normalised meta-gradients.
 
-    For each scalar meta-parameter with meta-gradient ``g``, both averages forgetting and corrected for their start,
+    For each scalar meta-parameter with meta-gradient ``g``, both averages exponential and corrected for their start,
 
     .. math:: s = \operatorname{average}_{0.5}(g^2), \quad m = \operatorname{average}_{0.8}(g / \sqrt s), \quad
               \theta \leftarrow \theta - \eta\, m
 
-    and a step that would *raise* a learning rate is only a quarter as long.
+    and a step that would *raise* a learning rate is only a quarter as long: a rate that is too small loses time until
+    the next update, one that is too large may lose the run. Adam averages first and normalises afterwards, so that a
+    few large early meta-gradients outweigh dozens of later ones; here every meta-gradient has the same weight, and
+    ``m`` is about signal over noise.
 
-    **Why not Adam.** The scale of meta-gradients falls by orders of magnitude within a training. Adam averages first
-    and normalises afterwards, so a few large early meta-gradients outweigh dozens of later ones, and the rate goes on
-    rising long after they have turned. Here every meta-gradient has one vote. Where their sign is a matter of luck the
-    votes cancel: ``m`` is about signal over noise.
-
-    **Why the caution.** A rate that is too small loses time until the next update; one that is too large may lose the
-    run. Its price: where there is no signal at all, the rate falls slowly.
-
-    Where the largest possible size of a meta-gradient is known, ``LearnToLearn`` gives its quotient by that
-    (:meth:`~lightning_l2l.MetaGradient.relative`): a cosine, so that within the recent scale, too, no single batch with
-    a large loss outweighs its neighbours.
-
-    A meta-parameter may grow between two updates (a parameter group was added); the new entries start without
-    memory. The state is plain tensors in the meta-parameter's shape: ``average``, ``mean_square``, ``updates``.
+    A meta-parameter may grow between two updates (a parameter group was added); the new entries start without memory.
+    The state is plain tensors in the meta-parameter's shape: ``average``, ``mean_square``, ``updates``.
 
     Args:
         parameters: The meta-parameters.
@@ -66,7 +57,7 @@ class MetaOptimizer(torch.optim.Optimizer):
         """One step along gradients that are given by name; meta-parameters without one stay.
 
         Raises:
-            ValueError: A gradient is not finite. It would stay in the memory for good.
+            ValueError: A gradient is not finite. It would stay in the averages for good.
         """
         for name, gradient in gradients.items():
             if not bool(gradient.isfinite().all()):
@@ -74,18 +65,19 @@ class MetaOptimizer(torch.optim.Optimizer):
                     f"The meta-gradient of {name!r} is not finite. It would spoil every later update: check "
                     "MetaGradient.usable before applying one."
                 )
-        faster = learned.scaled_rate(2.0) or {}
+        before = {}
         for name, parameter in learned.named_parameters():
-            parameter.grad = None
-            if name in gradients:
-                parameter.grad = gradients[name].detach().to(parameter).clone()
-        before = {name: parameter.detach().clone() for name, parameter in learned.named_parameters()}
+            before[name] = parameter.detach().clone()
+            parameter.grad = gradients[name].detach().to(parameter).clone() if name in gradients else None
+        # In which direction a meta-parameter raises a learning rate.
+        raised = learned.scaled_rate(2.0) or {}
+        upwards = {name: value.to(before[name]) - before[name] for name, value in raised.items()}
         self.step()
         self.zero_grad()
         for name, parameter in learned.named_parameters():
-            if name in faster:
-                raises = (parameter - before[name]) * (faster[name].to(parameter) - before[name]) > 0
-                parameter.copy_(torch.where(raises, before[name] + _CAUTION * (parameter - before[name]), parameter))
+            if name in upwards:
+                move = parameter - before[name]
+                parameter.copy_(before[name] + torch.where(move * upwards[name] > 0, _CAUTION * move, move))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -98,23 +90,22 @@ class MetaOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                memory = self._memory_of(parameter)
-                gradient, updates = parameter.grad, memory["updates"]
+                state = self._state_of(parameter)
+                gradient, updates = parameter.grad, state["updates"]
                 updates += 1
-                memory["mean_square"].lerp_(gradient.square(), 1 - _SCALE_MEMORY)
-                scale = (memory["mean_square"] / (1 - _SCALE_MEMORY**updates)).sqrt()
-                # A gradient of zero, from the start on, has no scale and no vote.
-                vote = torch.where(scale > 0, gradient / scale, torch.zeros_like(gradient))
-                memory["average"].lerp_(vote, 1 - _MEMORY)
-                parameter.sub_(group["lr"] * memory["average"] / (1 - _MEMORY**updates))
+                state["mean_square"].lerp_(gradient.square(), 1 - _SQUARE_MOMENTUM)
+                scale = (state["mean_square"] / (1 - _SQUARE_MOMENTUM**updates)).sqrt()
+                # A gradient that has been zero from the start on has no scale.
+                normalised = torch.where(scale > 0, gradient / scale, torch.zeros_like(gradient))
+                state["average"].lerp_(normalised, 1 - _MOMENTUM)
+                parameter.sub_(group["lr"] * state["average"] / (1 - _MOMENTUM**updates))
 
-    def _memory_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        memory: dict[str, Any] = self.state[parameter]
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
         for key in ("average", "mean_square", "updates"):
-            held = memory.get(key)
+            held = state.get(key)
             if held is None or held.shape != parameter.shape:
-                grown = torch.zeros_like(parameter)
+                state[key] = torch.zeros_like(parameter)
                 if held is not None:
-                    grown[: len(held)] = held
-                memory[key] = grown
-        return memory
+                    state[key][: len(held)] = held
+        return state

@@ -17,8 +17,8 @@ from torch import Tensor
 
 # Below this exponent the tensors are left small: 2**100 is still a float32 number, its inverse too.
 _SMALLEST_EXPONENT = -100.0
-# The tensors' largest entry may have an exponent of this share of the dtype's: 15 either way in float32. So the next
-# step, which may make it much larger or smaller once more, stays in the number range, and most steps need no scaling.
+# The largest of the tensors' norms may have an exponent of this share of the dtype's: 15 either way in float32. So the
+# next step, which may make it much larger or smaller once more, stays in range, and most steps need no scaling.
 _SLACK = 1 / 8
 
 
@@ -42,8 +42,8 @@ def _extrema(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_near_one(tensors: Sequence[Tensor]) -> bool:
-    """Whether the largest entry is within the slack on both sides of 1; as numbers, since on a CPU that is faster."""
-    largest = max([abs(end.item()) for end in _extrema(tensors)], default=1.0)
+    """Whether the norm is within the slack on both sides of 1; as numbers, since on a CPU that is faster."""
+    largest = max([norm.item() for norm in torch._foreach_norm([tensor.detach() for tensor in tensors])], default=1.0)
     slack = 2.0 ** (_SLACK * min([_largest_power(tensor.dtype) for tensor in tensors]))
     return bool(1 / slack <= largest <= slack)
 
@@ -72,7 +72,7 @@ class ScaledVector:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], exponent: Tensor | float = 0.0) -> ScaledVector:
-        """A scaled vector, normalised if its largest entry is far from 1: it then lies in [1, 2) or comes close."""
+        """A scaled vector, normalised if it is far from 1: its largest entry then lies in [1, 2) or comes close."""
         device = tensors[0].device
         start = torch.as_tensor(exponent, dtype=torch.float64, device=device)
         # Looking at the numbers would wait for an accelerator, where scaling costs little.
