@@ -54,12 +54,12 @@ class Rule(LeaveAlone):
     speed: float = 2.0  # of the logarithm of the rate in that of time, where the evidence is full
     full: float = 0.2  # cosine beyond the margin at which the rise is fastest
     margin: float = 0.05  # a cosine that is no reason to rise
-    early: float = 0.2  # the same, in addition, at the start; it falls to nothing by a fifth of the planned steps
+    early: float = 0.3  # the same, in addition, at the start; it falls to nothing by a fifth of the planned steps
     ratio: float = 1.2  # of the times of two updates
     first: float = 10.0
     still: float = 1e-3  # a displacement, relative to the weights, below which the rate is absurdly low
-    tail: float = 0.8  # share of the planned steps after which the rate may decay to zero
-    keep: float = -0.05  # a cosine below which progress goes on and the rate does not decay
+    tail: float = 0.85  # share of the planned steps after which the rate may decay to zero
+    keep: float = -0.02  # a cosine below which progress goes on and the rate does not decay
 
     def begin(self, runs: int, steps: float, scheduled: Tensor, passes: float) -> None:
         super().begin(runs, steps, scheduled, passes)
@@ -74,7 +74,7 @@ class Rule(LeaveAlone):
     def times(self) -> set[int]:
         last = self.steps if math.isfinite(self.steps) else 1e6
         count = math.ceil(math.log(max(1.0, last / self.first)) / math.log(self.ratio))
-        return {round(self.first * self.ratio**k) for k in range(count)} | {int(self.tail * last)}
+        return {round(self.first * self.ratio**k) for k in range(count)} | {math.ceil(self.tail * last)}
 
     def see(self, t: int, loss: Tensor, cosine: Tensor | None, moved: Tensor | None, share: Tensor) -> Tensor:
         if t == 0:
@@ -122,7 +122,7 @@ class Rule(LeaveAlone):
         self.hopeless = (mean > 2 * error) & (self.smooth > self.initial) & (self.age > self.patience(30))
         better = (self.smooth < torch.minimum(self.lowest, self.initial)) & (self.age > 8)
         self.lowest = torch.where(better, self.smooth, self.lowest)
-        if t >= int(self.tail * self.steps):
+        if t >= self.tail * self.steps:
             begins = self.decay.isinf() & (mean > self.keep) & ~self.scheduled
             self.decay = torch.where(begins, float(t), self.decay)
         self.count, self.sum, self.squares = torch.zeros(3, len(mean))
@@ -165,4 +165,30 @@ class Old(LeaveAlone):
         self.factor = self.log.exp()
 
 
-RULES = {"none": LeaveAlone, "old": Old, "rule": Rule}
+@dataclass
+class UnknownLength(Rule):
+    """The same where the planned length is not known: the early margin stays, nothing decays."""
+
+    def begin(self, runs: int, steps: float, scheduled: Tensor, passes: float) -> None:
+        super().begin(runs, math.inf, scheduled, passes)
+
+
+class Greedy(LeaveAlone):
+    """GreedyLR: ten improvements of the smoothed training loss raise the rate by a twentieth, ten failures lower it."""
+
+    def begin(self, runs: int, steps: float, scheduled: Tensor, passes: float) -> None:
+        super().begin(runs, steps, scheduled, passes)
+        self.good, self.bad = torch.zeros(2, runs)
+        self.best = torch.full((runs,), math.inf)
+
+    def see(self, t: int, loss: Tensor, cosine: Tensor | None, moved: Tensor | None, share: Tensor) -> None:
+        self.smooth = loss if t == 0 else self.smooth + 0.04 * (loss - self.smooth)
+        better = self.smooth < self.best
+        self.best = torch.where(better, self.smooth, self.best)
+        self.good, self.bad = torch.where(better, self.good + 1, 0.0), torch.where(better, 0.0, self.bad + 1)
+        up, down = self.good > 10, self.bad > 10
+        self.factor = self.factor * torch.where(up, 1 / 0.95, torch.where(down, 0.95, 1.0))
+        self.good, self.bad = torch.where(up, 0.0, self.good), torch.where(down, 0.0, self.bad)
+
+
+RULES = {"greedy": Greedy, "rule-unknown-length": UnknownLength, "none": LeaveAlone, "old": Old, "rule": Rule}
