@@ -95,7 +95,8 @@ class Task:
         n, held = family.train, family.held
         self.train = [torch.stack(parts) for parts in zip(*([t[:n] for t in s] for s in sets), strict=True)]
         self.held = [torch.stack(parts) for parts in zip(*([t[n : n + held] for t in s] for s in sets), strict=True)]
-        self.test = [torch.stack(p) for p in zip(*([t[n + held : n + held + 1000] for t in s] for s in sets), strict=True)]
+        tests = ([t[n + held : n + held + 1000] for t in s] for s in sets)
+        self.test = [torch.stack(parts) for parts in zip(*tests, strict=True)]
         self.initial = torch.stack([torch.cat([p.flatten() for p in family.start(g)]) for g in generators])
         if family.noise and family.name != "dropout":
             for part in (self.held, self.test):
@@ -144,7 +145,7 @@ def angle(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
 
 
-def train(task: Task, optimizer: str, steps: int, runs: Runs, trace: list | None = None) -> dict[str, Tensor]:
+def train(task: Task, optimizer: str, steps: int, runs: Runs) -> dict[str, Tensor]:
     """Test losses of the last, the averaged and the chosen weights, each of shape (seeds, runs)."""
     family, seeds, each = task.family, task.seeds, len(runs.rates)
     weights = task.initial.repeat_interleave(each, 0)
@@ -188,7 +189,8 @@ def train(task: Task, optimizer: str, steps: int, runs: Runs, trace: list | None
                 if keep is not None:
                     start[index[keep]] = weights[index[keep]]
                     state.keep(index[keep])
-            lost = rule.see(t, loss[index], along[index] if sampled else None, moved[index] if sampled else None, shape[index])
+            evidence = (along[index], moved[index]) if sampled else (None, None)
+            lost = rule.see(t, loss[index], *evidence, shape[index])
             if lost is not None and lost.any():
                 back = index[lost]
                 weights[back], average[back], gradient[back] = start[back], start[back], 0.0
@@ -206,6 +208,5 @@ def train(task: Task, optimizer: str, steps: int, runs: Runs, trace: list | None
             chosen = torch.where(better[:, None], average, chosen)
             lowest = torch.where(better, now, lowest)
     found = {"last": weights, "averaged": average, "chosen": chosen}
-    return {k: task.losses(w, task.test).nan_to_num(math.inf, math.inf).reshape(seeds, each) for k, w in found.items()} | {
-        "factor": factor.reshape(seeds, each)
-    }
+    tested = {name: task.losses(w, task.test).nan_to_num(math.inf, math.inf) for name, w in found.items()}
+    return {name: values.reshape(seeds, each) for name, values in (tested | {"factor": factor}).items()}

@@ -52,7 +52,6 @@ class Family:
     nats: bool = False  # a loss that crosses zero: compared by exp(difference), not by a quotient
     pretrain: Callable[[torch.Generator], tuple[Tensor, ...]] | None = None
     optimizers: tuple[str, ...] = field(default=("sgd", "adam"))
-    seed: int = 0
 
     def start(self, generator: torch.Generator) -> list[Tensor]:
         """Initial parameters: normal with variance 1/fan-in, vectors zero."""
@@ -97,11 +96,29 @@ def regress(activation: Callable[[Tensor], Tensor] = torch.relu) -> Loss:
     return lambda p, b: squared(mlp(p, b[0], activation), b[1])
 
 
+def linear_loss(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
+    x = b[0]
+    for weight in p:
+        x = x @ weight
+    return squared(x, b[1])
+
+
+def reconstruct(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
+    return squared(mlp(p, b[0]), b[0])
+
+
 def randn(*shape: int, g: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=g)
 
 
-def bundled(name: str, classes: bool = True) -> Callable[[torch.Generator], tuple[Tensor, ...]]:
+def drawn(columns: int) -> Callable[[torch.Generator, int], Tensor]:
+    return lambda g, n: randn(n, columns, g=g)
+
+
+Draw = Callable[[torch.Generator], tuple[Tensor, ...]]
+
+
+def bundled(name: str, classes: bool = True) -> Draw:
     """One of scikit-learn's data sets, standardised and shuffled."""
 
     def draw(g: torch.Generator) -> tuple[Tensor, ...]:
@@ -120,7 +137,7 @@ def bundled(name: str, classes: bool = True) -> Callable[[torch.Generator], tupl
     return draw
 
 
-def label_noise(draw: Callable[..., tuple[Tensor, ...]], share: float, classes: int) -> Callable[..., tuple[Tensor, ...]]:
+def label_noise(draw: Draw, share: float, classes: int) -> Draw:
     def noisy(g: torch.Generator) -> tuple[Tensor, ...]:
         x, y = draw(g)
         wrong = torch.rand(len(y), generator=g) < share
@@ -129,7 +146,7 @@ def label_noise(draw: Callable[..., tuple[Tensor, ...]], share: float, classes: 
     return noisy
 
 
-def clusters(features: int, classes: int, spread: float, decay: float = 1.0, n: int = 6000) -> Callable[..., tuple[Tensor, ...]]:
+def clusters(features: int, classes: int, spread: float, decay: float = 1.0, n: int = 6000) -> Draw:
     """Gaussian classes whose features have geometrically falling scales."""
 
     def draw(g: torch.Generator) -> tuple[Tensor, ...]:
@@ -148,7 +165,7 @@ def moons(g: torch.Generator) -> tuple[Tensor, ...]:
     return x + 0.08 * randn(3000, 2, g=g), y
 
 
-def friedman(noise: float) -> Callable[..., tuple[Tensor, ...]]:
+def friedman(noise: float) -> Draw:
     def draw(g: torch.Generator) -> tuple[Tensor, ...]:
         x = torch.rand(4000, 8, generator=g)
         y = 10 * torch.sin(math.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
@@ -157,7 +174,7 @@ def friedman(noise: float) -> Callable[..., tuple[Tensor, ...]]:
     return draw
 
 
-def linear(features: int, decay: float, noise: float, n: int = 8000) -> Callable[..., tuple[Tensor, ...]]:
+def linear(features: int, decay: float, noise: float, n: int = 8000) -> Draw:
     """A linear model; ``decay`` is the quotient of neighbouring singular values."""
 
     def draw(g: torch.Generator) -> tuple[Tensor, ...]:
@@ -168,7 +185,7 @@ def linear(features: int, decay: float, noise: float, n: int = 8000) -> Callable
     return draw
 
 
-def teacher(features: int, hidden: int, noise: float) -> Callable[..., tuple[Tensor, ...]]:
+def teacher(features: int, hidden: int, noise: float) -> Draw:
     def draw(g: torch.Generator) -> tuple[Tensor, ...]:
         x, first, second = randn(8000, features, g=g), randn(features, hidden, g=g), randn(hidden, 1, g=g)
         y = torch.tanh(1.5 * x @ first / math.sqrt(features)) @ second / math.sqrt(hidden)
@@ -190,7 +207,8 @@ def parity(g: torch.Generator) -> tuple[Tensor, ...]:
 
 def covtype(g: torch.Generator) -> tuple[Tensor, ...]:
     """Ten continuous features of unequal scale, twelve binary ones, seven unequal classes of a random tree."""
-    x = torch.cat([randn(6000, 10, g=g).exp() * 2.0 ** (-torch.arange(10) / 2), torch.randint(2, (6000, 12), generator=g).float()], 1)
+    scaled = randn(6000, 10, g=g).exp() * 2.0 ** (-torch.arange(10) / 2)
+    x = torch.cat([scaled, torch.randint(2, (6000, 12), generator=g).float()], 1)
     hidden = torch.tanh((x - x.mean(0)) / x.std(0) @ randn(22, 16, g=g) / 3)
     return x, (hidden @ randn(16, 7, g=g) + torch.linspace(2, -2, 7) + randn(6000, 7, g=g)).argmax(1)
 
@@ -229,7 +247,10 @@ def text(which: tuple[str, ...]) -> Tensor:
     return torch.tensor([ord(c) - 96 if c != " " else 0 for c in " ".join(cleaned)])
 
 
-def characters(context: int, which: tuple[str, ...] = ("breast_cancer", "diabetes", "iris", "linnerud", "wine")) -> Callable[..., tuple[Tensor, ...]]:
+DESCRIBED = ("breast_cancer", "diabetes", "iris", "linnerud", "wine")
+
+
+def characters(context: int, which: tuple[str, ...] = DESCRIBED) -> Draw:
     def draw(g: torch.Generator) -> tuple[Tensor, ...]:
         pieces = text(which).unfold(0, context + 1, 1)
         return (pieces[torch.randperm(len(pieces), generator=g)],)
@@ -238,7 +259,7 @@ def characters(context: int, which: tuple[str, ...] = ("breast_cancer", "diabete
 
 
 def text_mlp(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
-    seen = F.one_hot(b[0][..., :-1], 27).float().flatten(2, 3).flatten(2) if b[0].dim() == 3 else None
+    seen = F.one_hot(b[0][..., :-1], 27).float().flatten(2)
     hidden = torch.tanh(torch.baddbmm(p[1][:, None], seen, p[0]))
     return cross_entropy(torch.baddbmm(p[3][:, None], hidden, p[2]), b[0][..., -1])
 
@@ -264,6 +285,10 @@ def adding(g: torch.Generator) -> tuple[Tensor, ...]:
     return torch.stack([values, marks], 2), (values * marks).sum(1, keepdim=True) - 1
 
 
+def rnn_last(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
+    return squared(torch.baddbmm(p[4][:, None], rnn(p[:3], b[0])[-1], p[3]), b[1])
+
+
 def rnn_text(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
     states = torch.stack(rnn(p[:3], F.one_hot(b[0][..., :-1], 27).float()), 2)
     return cross_entropy(each_token(states, p[3]) + p[4][:, None, None], b[0][..., 1:])
@@ -285,13 +310,22 @@ def attend(p: list[Tensor], x: Tensor, last: bool = False) -> Tensor:
     return each_token(hidden, p[5]) + p[6][:, None, None]
 
 
+def attend_last(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
+    return cross_entropy(attend(p, b[0], last=True)[:, :, -1], b[1])
+
+
+def attend_all(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
+    return cross_entropy(attend(p, b[0]), b[1])
+
+
 def recall(g: torch.Generator) -> tuple[Tensor, ...]:
     """Four key-value pairs and a question: which value belongs to the key."""
     keys = torch.rand(6000, 6, generator=g).argsort(1)[:, :4]
     values, asked = torch.randint(6, (6000, 4), generator=g), torch.randint(4, (6000, 1), generator=g)
     pairs = torch.cat([F.one_hot(keys, 6), F.one_hot(values, 6), torch.zeros(6000, 4, 1)], 2)
     question = torch.cat([F.one_hot(keys.gather(1, asked), 6), torch.zeros(6000, 1, 6), torch.ones(6000, 1, 1)], 2)
-    answer = torch.where(torch.rand(6000, 1, generator=g) < 0.1, torch.randint(6, (6000, 1), generator=g), values.gather(1, asked))
+    wrong = torch.rand(6000, 1, generator=g) < 0.1
+    answer = torch.where(wrong, torch.randint(6, (6000, 1), generator=g), values.gather(1, asked))
     return torch.cat([pairs, question], 1).float(), answer[:, 0]
 
 
@@ -314,7 +348,7 @@ def denoise(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
     return squared(mlp(p, torch.cat([seen, level.log(), seen * level], -1), F.silu), noise)
 
 
-def digits_only(chosen: range, n: int = 10**9) -> Callable[..., tuple[Tensor, ...]]:
+def digits_only(chosen: range, n: int = 10**9) -> Draw:
     def draw(g: torch.Generator) -> tuple[Tensor, ...]:
         x, y = bundled("digits")(g)
         keep = (y >= chosen.start) & (y < chosen.stop)
@@ -378,7 +412,8 @@ def hinge(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
 
 def motifs(g: torch.Generator) -> tuple[Tensor, ...]:
     """Which of four motifs is hidden where in a noisy signal of 32."""
-    shapes, y, place = randn(4, 7, g=g), torch.randint(4, (4000,), generator=g), torch.randint(26, (4000, 1), generator=g)
+    shapes, y = randn(4, 7, g=g), torch.randint(4, (4000,), generator=g)
+    place = torch.randint(26, (4000, 1), generator=g)
     x = 0.7 * randn(4000, 32, g=g)
     return x.scatter_add(1, place + torch.arange(7), 1.3 * shapes[y]), y
 
@@ -420,21 +455,63 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("logistic", clusters(20, 5, 1.5, 0.85), mlp_shapes(20, 5), classify(), 16, 3000, optimizers=SA),
         Family("digits", bundled("digits"), mlp_shapes(64, 32, 10), classify(), 64, 1000, optimizers=SA),
-        Family("digits-label-noise", label_noise(bundled("digits"), 0.2, 10), mlp_shapes(64, 32, 10), classify(), 32, 1000, optimizers=SW),
-        Family("digits-autoencoder", lambda g: bundled("digits")(g)[:1], mlp_shapes(64, 12, 64), lambda p, b: squared(mlp(p, b[0]), b[0]), 32, 1000, optimizers=AM),
+        Family(
+            "digits-label-noise",
+            label_noise(bundled("digits"), 0.2, 10),
+            mlp_shapes(64, 32, 10),
+            classify(),
+            32,
+            1000,
+            optimizers=SW,
+        ),
+        Family(
+            "digits-autoencoder",
+            lambda g: bundled("digits")(g)[:1],
+            mlp_shapes(64, 12, 64),
+            reconstruct,
+            32,
+            1000,
+            optimizers=AM,
+        ),
         Family("diabetes", bundled("diabetes", False), mlp_shapes(10, 32, 1), regress(), 8, 220, 80, optimizers=SW),
         Family("moons", moons, mlp_shapes(2, 24, 24, 2), classify(), 128, 800, optimizers=SA),
         Family("friedman", friedman(0.0), mlp_shapes(8, 32, 1), regress(torch.tanh), 64, 2000, optimizers=SW),
-        Family("least-squares-ill", linear(20, 0.75, 0.3), ((20, 1),), lambda p, b: squared(b[0] @ p[0], b[1]), 8, 6000, optimizers=SA),
-        Family("least-squares-exact", linear(20, 0.85, 0.0), ((20, 1),), lambda p, b: squared(b[0] @ p[0], b[1]), 16, 400, optimizers=SA),
-        Family("deep-linear", deep_linear, ((10, 10),) * 4, lambda p, b: squared(b[0] @ p[0] @ p[1] @ p[2] @ p[3], b[1]), 32, 2000, gain=0.4, optimizers=SM),
+        Family("least-squares-ill", linear(20, 0.75, 0.3), ((20, 1),), linear_loss, 8, 6000, optimizers=SA),
+        Family("least-squares-exact", linear(20, 0.85, 0.0), ((20, 1),), linear_loss, 16, 400, optimizers=SA),
+        Family("deep-linear", deep_linear, ((10, 10),) * 4, linear_loss, 32, 2000, gain=0.4, optimizers=SM),
         Family("gaussian-density", density, mlp_shapes(2, 24, 2), gaussian_nll, 32, 2000, nats=True, optimizers=SA),
         Family("bigram", characters(1), ((27, 27),), bigram, 64, 6000, gain=0.01, optimizers=SA),
-        Family("rnn-adding", adding, ((2, 16), (16, 16), (16,), (16, 1), (1,)), lambda p, b: squared(torch.baddbmm(p[4][:, None], rnn(p[:3], b[0])[-1], p[3]), b[1]), 32, 3000, optimizers=SA),
-        Family("attention-recall", recall, ((13, 12), (13, 12), (13, 13), (13, 24), (24,), (24, 6), (6,)), lambda p, b: cross_entropy(attend(p, b[0], last=True)[:, :, -1], b[1]), 16, 4000, optimizers=AM),
-        Family("diffusion-points", spiral, mlp_shapes(5, 32, 32, 2), denoise, 64, 1000, noise=lambda g, n: randn(n, 3, g=g), optimizers=AM),
-        Family("finetune-digits", digits_only(range(5, 10), 700), mlp_shapes(64, 32, 10), classify(), 16, 200, 200, pretrain=digits_only(range(5)), optimizers=SW),
-        Family("layernorm", bundled("digits"), ((64, 24), (24,), (24, 24), (24,), (24, 24), (24,), (24, 10)), layernorm, 16, 1000, optimizers=SW),
+        Family("rnn-adding", adding, ((2, 16), (16, 16), (16,), (16, 1), (1,)), rnn_last, 32, 3000, optimizers=SA),
+        Family(
+            "attention-recall",
+            recall,
+            ((13, 12), (13, 12), (13, 13), (13, 24), (24,), (24, 6), (6,)),
+            attend_last,
+            16,
+            4000,
+            optimizers=AM,
+        ),
+        Family("diffusion-points", spiral, mlp_shapes(5, 32, 32, 2), denoise, 64, 1000, noise=drawn(3), optimizers=AM),
+        Family(
+            "finetune-digits",
+            digits_only(range(5, 10), 700),
+            mlp_shapes(64, 32, 10),
+            classify(),
+            16,
+            200,
+            200,
+            pretrain=digits_only(range(5)),
+            optimizers=SW,
+        ),
+        Family(
+            "layernorm",
+            bundled("digits"),
+            ((64, 24), (24,), (24, 24), (24,), (24, 24), (24,), (24, 10)),
+            layernorm,
+            16,
+            1000,
+            optimizers=SW,
+        ),
         Family("factorization", ratings, ((80, 6), (60, 6)), factorization, 64, 4000, gain=1.0, optimizers=SA),
         Family("text-mlp", characters(3), ((81, 32), (32,), (32, 27), (27,)), text_mlp, 32, 6000, optimizers=AM),
         Family("contrastive", two_views, mlp_shapes(16, 24, 6) * 2, contrastive, 32, 2000, optimizers=SW),
@@ -442,24 +519,69 @@ FAMILIES: dict[str, Family] = {
         Family("breast-cancer", bundled("breast_cancer"), mlp_shapes(30, 2), classify(), 16, 300, 100, optimizers=SW),
         Family("wine", bundled("wine"), mlp_shapes(13, 24, 3), classify(torch.tanh), 4, 80, 40, optimizers=SA),
         Family("friedman-noisy", friedman(0.7), mlp_shapes(8, 32, 1), regress(), 16, 1000, optimizers=SW),
-        Family("least-squares", linear(30, 1.0, 1.0), ((30, 1),), lambda p, b: squared(b[0] @ p[0], b[1]), 4, 6000, optimizers=SA),
+        Family("least-squares", linear(30, 1.0, 1.0), ((30, 1),), linear_loss, 4, 6000, optimizers=SA),
         Family("teacher", teacher(12, 8, 0.05), mlp_shapes(12, 32, 1), regress(torch.tanh), 32, 6000, optimizers=SA),
         Family("parity", parity, mlp_shapes(10, 32, 2), classify(), 32, 4000, gain=0.5, optimizers=SA),
         Family("mixture-density", mixture, mlp_shapes(1, 24, 9), mixture_nll, 64, 2000, nats=True, optimizers=AM),
-        Family("rnn-text", characters(5), ((27, 16), (16, 16), (16,), (16, 27), (27,)), rnn_text, 8, 6000, optimizers=AM),
-        Family("attention-sort", sorting, ((3, 8), (3, 8), (3, 3), (3, 24), (24,), (24, 4), (4,)), lambda p, b: cross_entropy(attend(p, b[0]), b[1]), 8, 4000, optimizers=SA),
-        Family("diffusion-digits", lambda g: (bundled("digits")(g)[0][:, 18:46:2] - 0.5,), mlp_shapes(29, 48, 14), denoise, 32, 800, noise=lambda g, n: randn(n, 15, g=g), optimizers=SW),
-        Family("finetune-text", characters(3, TEXT), ((81, 32), (32,), (32, 27), (27,)), text_mlp, 16, 1500, pretrain=characters(3, ("breast_cancer",)), optimizers=AM),
-        Family("finetune-regression", teacher(10, 6, 0.2), mlp_shapes(10, 32, 1), regress(torch.tanh), 8, 150, pretrain=teacher(10, 6, 0.0), optimizers=SA),
-        Family("dropout", bundled("digits"), mlp_shapes(64, 48, 10), dropout, 32, 600, noise=lambda g, n: randn(n, 48, g=g), optimizers=SA),
+        Family(
+            "rnn-text", characters(5), ((27, 16), (16, 16), (16,), (16, 27), (27,)), rnn_text, 8, 6000, optimizers=AM
+        ),
+        Family(
+            "attention-sort",
+            sorting,
+            ((3, 8), (3, 8), (3, 3), (3, 24), (24,), (24, 4), (4,)),
+            attend_all,
+            8,
+            4000,
+            optimizers=SA,
+        ),
+        Family(
+            "diffusion-digits",
+            lambda g: (bundled("digits")(g)[0][:, 18:46:2] - 0.5,),
+            mlp_shapes(29, 48, 14),
+            denoise,
+            32,
+            800,
+            noise=drawn(15),
+            optimizers=SW,
+        ),
+        Family(
+            "finetune-text",
+            characters(3, TEXT),
+            ((81, 32), (32,), (32, 27), (27,)),
+            text_mlp,
+            16,
+            1500,
+            pretrain=characters(3, ("breast_cancer",)),
+            optimizers=AM,
+        ),
+        Family(
+            "finetune-regression",
+            teacher(10, 6, 0.2),
+            mlp_shapes(10, 32, 1),
+            regress(torch.tanh),
+            8,
+            150,
+            pretrain=teacher(10, 6, 0.0),
+            optimizers=SA,
+        ),
+        Family("dropout", bundled("digits"), mlp_shapes(64, 48, 10), dropout, 32, 600, noise=drawn(48), optimizers=SA),
         Family("poisson", counts, mlp_shapes(12, 16, 1), poisson, 16, 2000, nats=True, optimizers=SW),
         Family("hinge", clusters(16, 2, 2.0), mlp_shapes(16, 1), hinge, 8, 2000, optimizers=SA),
         Family("convolution", motifs, ((7, 12), (12,), (12, 4), (4,)), convolution, 32, 2500, optimizers=SW),
-        Family("digits-residual", bundled("digits"), ((64, 16), *(((16, 24), (24, 16)) * 3), (16, 10)), residual, 128, 1000, optimizers=SM),
+        Family(
+            "digits-residual",
+            bundled("digits"),
+            ((64, 16), *(((16, 24), (24, 16)) * 3), (16, 10)),
+            residual,
+            128,
+            1000,
+            optimizers=SM,
+        ),
         Family("rosenbrock", valley, ((8, 1),), rosenbrock, 16, 3000, optimizers=SA),
         Family("covtype-like", covtype, mlp_shapes(22, 24, 7), classify(), 256, 4000, optimizers=SW),
     )
-}  # fmt: skip
+}
 
 
 def halves(name: str) -> Iterator[Family]:

@@ -42,7 +42,13 @@ def load(path: Path) -> dict[Key, list[dict[str, str]]]:
 
 def rows(key: Key, starts: list[str], found: dict[str, torch.Tensor]) -> list[dict[str, str]]:
     return [
-        dict(zip(COLUMNS, [*map(str, key), start, str(seed), *(f"{found[c][seed, i]:.6g}" for c in COLUMNS[6:])], strict=True))
+        dict(
+            zip(
+                COLUMNS,
+                [*map(str, key), start, str(seed), *(f"{found[c][seed, i]:.6g}" for c in COLUMNS[6:])],
+                strict=True,
+            )
+        )
         for i, start in enumerate(starts)
         for seed in range(len(found["last"]))
     ]
@@ -87,7 +93,9 @@ def line(name: str, ratios: list[float]) -> str:
     return f"{name:34s} {len(ratios):4d} {statistics.median(ratios):6.3f} {mean:6.3f} {at(0.9):7.3f} {ordered[-1]:8.3f} {share:6.0%} {lost:4d}"
 
 
-def collect(done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, int]], rule: str, column: str = "last") -> list[tuple[dict[str, str], float]]:
+def collect(
+    done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, int]], rule: str, column: str = "last"
+) -> list[tuple[dict[str, str], float]]:
     """Every pair of task and start with its ratio."""
     pairs = []
     for family, optimizer, steps in wanted:
@@ -100,21 +108,40 @@ def collect(done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, 
     return pairs
 
 
-def report(done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, int]], rules: list[str], worst: int) -> None:
+def report(
+    done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, int]], rules: list[str], worst: int
+) -> None:
     print(f"{'':34s} {'n':>4s} {'median':>6s} {'mean':>6s} {'90 %':>7s} {'worst':>8s} {'<=1.03':>6s} lost")
     for rule in rules:
         pairs = collect(done, wanted, rule)
         if not pairs:
             continue
-        groups = {"no harm: x1": ("x1",), "no harm: cosine": ("cosine",), "plausible": ("x0.1", "x0.3", "x1", "x3", "textbook"), "absurd": ("1e-6", "10")}
+        groups = {
+            "no harm: x1": ("x1",),
+            "no harm: cosine": ("cosine",),
+            "plausible": ("x0.1", "x0.3", "x1", "x3", "textbook"),
+            "absurd": ("1e-6", "10"),
+        }
         groups |= {start: (start,) for start in STARTS}
         for name, starts in groups.items():
             print(line(f"{rule} {name}", [v for p, v in pairs if p["start"] in starts]))
         for field in ("steps", "optimizer"):
             for value in sorted({p[field] for p, _ in pairs}, key=lambda v: (len(v), v)):
-                print(line(f"{rule} plausible {value}", [v for p, v in pairs if p["start"] in groups["plausible"] and p[field] == value]))
-                print(line(f"{rule} good {value}", [v for p, v in pairs if p["start"] in ("x1", "cosine") and p[field] == value]))
-        for p, v in sorted((x for x in pairs if x[0]["start"] in (*groups["plausible"], "cosine")), key=lambda x: -x[1])[:worst]:
+                print(
+                    line(
+                        f"{rule} plausible {value}",
+                        [v for p, v in pairs if p["start"] in groups["plausible"] and p[field] == value],
+                    )
+                )
+                print(
+                    line(
+                        f"{rule} good {value}",
+                        [v for p, v in pairs if p["start"] in ("x1", "cosine") and p[field] == value],
+                    )
+                )
+        for p, v in sorted(
+            (x for x in pairs if x[0]["start"] in (*groups["plausible"], "cosine")), key=lambda x: -x[1]
+        )[:worst]:
             print(f"    {v:7.3f} {p['family']} {p['optimizer']} {p['steps']} {p['start']}")
 
 
