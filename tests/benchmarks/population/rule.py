@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Optional = Tensor | None
+
 
 class LeaveAlone:
     """The user's rate as it is, and what every rule has."""
@@ -31,7 +33,7 @@ class LeaveAlone:
         """Of the new weights in the average, ``stride`` steps after the last: mean age an eighth of the steps."""
         return min(1.0, 9 * stride / (t + 9))
 
-    def see(self, t: int, loss: Tensor, cosine: Tensor | None, moved: Tensor | None, share: Tensor) -> Tensor | None:
+    def see(self, t: int, loss: Tensor, cosine: Optional, moved: Optional, share: Tensor) -> Optional:
         """Which runs are lost and must return to the snapshot."""
         return None
 
@@ -57,7 +59,7 @@ class Rule(LeaveAlone):
     early: float = 0.3  # the same, in addition, at the start; it falls to nothing by a fifth of the planned steps
     ratio: float = 1.2  # of the times of two updates
     first: float = 10.0
-    still: float = 1e-3  # a displacement, relative to the weights, below which the rate is absurdly low
+    still: float = 5e-4  # a displacement, relative to the weights, below which the rate is absurdly low
     tail: float = 0.85  # share of the planned steps after which the rate may decay to zero
     keep: float = -0.02  # a cosine below which progress goes on and the rate does not decay
 
@@ -76,9 +78,10 @@ class Rule(LeaveAlone):
         count = math.ceil(math.log(max(1.0, last / self.first)) / math.log(self.ratio))
         return {round(self.first * self.ratio**k) for k in range(count)} | {math.ceil(self.tail * last)}
 
-    def see(self, t: int, loss: Tensor, cosine: Tensor | None, moved: Tensor | None, share: Tensor) -> Tensor:
+    def see(self, t: int, loss: Tensor, cosine: Optional, moved: Optional, share: Tensor) -> Tensor:
         if t == 0:
             self.initial = loss.clone()
+        self.rising = share > self.share if t else torch.zeros_like(share, dtype=torch.bool)
         self.share, self.peak = share, torch.maximum(self.peak, share)
         self.smooth = torch.where(self.age == 0, loss, self.smooth + 0.2 * (loss - self.smooth))
         # Lost: not finite, far above the first loss, or twice the first loss for a twentieth of the steps.
@@ -94,11 +97,12 @@ class Rule(LeaveAlone):
         if cosine is not None and moved is not None:
             ok = (self.age > 0) & cosine.isfinite() & ~lost
             cosine = torch.where(ok, cosine, 0.0)
-            self.count, self.sum, self.squares = self.count + ok, self.sum + cosine, self.squares + cosine.square()
+            self.count, self.sum = self.count + ok, self.sum + cosine
+            self.squares = self.squares + cosine.square()
             # Absurdly low: the weights hardly move, and all gradients say further.
-            absurd = (moved < self.still) & (self.age > 2) & (self.sum < -0.1 * self.count)
+            absurd = (moved < self.still) & (self.age > 2) & (self.sum < -0.1 * self.count) & ~self.scheduled
             if t < 60:
-                self.log = torch.where(absurd, self.log + math.log(1.5), self.log)
+                self.log = torch.where(absurd, self.log + math.log(2), self.log)
         self.age = torch.where(lost, 0.0, self.age + 1)
         left = torch.where(self.decay.isinf(), 1.0, (self.steps - t) / (self.steps - self.decay))
         self.factor = self.log.exp() * left
@@ -116,8 +120,8 @@ class Rule(LeaveAlone):
         fall = ((mean - error) / self.full).clamp(0, 1)  # back towards the user's rate, not below
         log = self.log + self.speed * math.log(self.ratio) * (rise - fall)
         log = torch.maximum(torch.minimum(log, self.ceiling), torch.minimum(self.floor, self.log))
-        # A schedule that is coming down makes the gradients unanimous again, which is no reason to undo it.
-        free = (self.share >= 0.9 * self.peak) & self.decay.isinf()
+        # A warm-up is a plan; a schedule that comes down makes the gradients unanimous again, no reason to undo it.
+        free = (self.share >= 0.9 * self.peak) & ~self.rising & self.decay.isinf()
         self.log = torch.where(free, log, self.log)
         self.hopeless = (mean > 2 * error) & (self.smooth > self.initial) & (self.age > self.patience(30))
         better = (self.smooth < torch.minimum(self.lowest, self.initial)) & (self.age > 8)
@@ -150,7 +154,7 @@ class Old(LeaveAlone):
     def weight(self, t: int, stride: int) -> float:
         return min(1.0, max(stride / (t + 1), 1 - 0.99**stride))
 
-    def see(self, t: int, loss: Tensor, cosine: Tensor | None, moved: Tensor | None, share: Tensor) -> None:
+    def see(self, t: int, loss: Tensor, cosine: Optional, moved: Optional, share: Tensor) -> None:
         self.point = 0.4 * max(0.0, min(1.0, 2 * (1 - t / self.steps))) * max(0.0, 1 - self.passes / 20)
 
     def update(self, t: int, held_cosine: Tensor | None) -> None:
@@ -181,7 +185,7 @@ class Greedy(LeaveAlone):
         self.good, self.bad = torch.zeros(2, runs)
         self.best = torch.full((runs,), math.inf)
 
-    def see(self, t: int, loss: Tensor, cosine: Tensor | None, moved: Tensor | None, share: Tensor) -> None:
+    def see(self, t: int, loss: Tensor, cosine: Optional, moved: Optional, share: Tensor) -> None:
         self.smooth = loss if t == 0 else self.smooth + 0.04 * (loss - self.smooth)
         better = self.smooth < self.best
         self.best = torch.where(better, self.smooth, self.best)
