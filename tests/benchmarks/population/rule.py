@@ -71,7 +71,6 @@ class Rule(LeaveAlone):
         self.initial, self.smooth, self.age, self.trouble, self.peak = torch.zeros(5, runs)
         self.lowest = torch.full((runs,), math.inf)
         self.decay = torch.full((runs,), math.inf)  # the step from which the rate decays
-        self.hopeless = torch.zeros(runs, dtype=torch.bool)
 
     def times(self) -> set[int]:
         last = self.steps if math.isfinite(self.steps) else 1e6
@@ -87,11 +86,10 @@ class Rule(LeaveAlone):
         # Lost: not finite, far above the first loss, or twice the first loss for a twentieth of the steps.
         excess = (self.smooth - self.initial) / self.initial.abs()
         self.trouble = torch.where(excess > 1, self.trouble + 1, 0.0)
-        lost = ~(excess <= 30) | (self.trouble > self.patience(10)) | self.hopeless
+        lost = ~(excess <= 30) | (self.trouble > max(10.0, self.steps / 20 if math.isfinite(self.steps) else 100.0))
         self.ceiling = torch.where(lost, self.log - math.log(2), self.ceiling)
         self.log = self.log - torch.where(lost, torch.where(self.age < 6, math.log(10), math.log(3)), 0.0)
         self.floor = torch.where(lost, torch.minimum(self.floor, self.log), self.floor)
-        self.hopeless = torch.zeros_like(lost)
         for state in (self.count, self.sum, self.squares, self.trouble):
             state[lost] = 0.0
         if cosine is not None and moved is not None:
@@ -108,9 +106,6 @@ class Rule(LeaveAlone):
         self.factor = self.log.exp() * left
         return lost
 
-    def patience(self, least: int) -> float:
-        return max(least, self.steps / 20) if math.isfinite(self.steps) else 10 * least
-
     def update(self, t: int, held_cosine: Tensor | None) -> Tensor:
         n = self.count.clamp(min=1)
         mean = self.sum / n
@@ -123,7 +118,6 @@ class Rule(LeaveAlone):
         # A warm-up is a plan; a schedule that comes down makes the gradients unanimous again, no reason to undo it.
         free = (self.share >= 0.9 * self.peak) & ~self.rising & self.decay.isinf()
         self.log = torch.where(free, log, self.log)
-        self.hopeless = (mean > 2 * error) & (self.smooth > self.initial) & (self.age > self.patience(30))
         better = (self.smooth < torch.minimum(self.lowest, self.initial)) & (self.age > 8)
         self.lowest = torch.where(better, self.smooth, self.lowest)
         if t >= self.tail * self.steps:
