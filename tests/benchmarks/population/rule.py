@@ -44,7 +44,7 @@ class LeaveAlone:
 
 @dataclass
 class Rule(LeaveAlone):
-    """Rise while the training gradients are unanimous; never fall below the user's rate but for a divergence; then decay.
+    """Rise while the training gradients are unanimous, fall below the user's rate only after a divergence, then decay.
 
     The evidence is the cosine between the gradient that the optimizer is about to use and the displacement of the
     weights from their average (weight 9/(t+9)), its mean and standard error over the steps since the last update.

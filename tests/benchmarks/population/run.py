@@ -90,7 +90,8 @@ def line(name: str, ratios: list[float]) -> str:
     share = sum(r <= 1.03 for r in ratios) / len(ratios)
     mean = math.exp(statistics.fmean(math.log(r) for r in ratios))
     lost = sum(r >= 10 for r in ratios)
-    return f"{name:34s} {len(ratios):4d} {statistics.median(ratios):6.3f} {mean:6.3f} {at(0.9):7.3f} {ordered[-1]:8.3f} {share:6.0%} {lost:4d}"
+    middle = f"{statistics.median(ratios):6.3f} {mean:6.3f} {at(0.9):7.3f} {ordered[-1]:8.3f}"
+    return f"{name:34s} {len(ratios):4d} {middle} {share:6.0%} {lost:4d}"
 
 
 def collect(
