@@ -20,7 +20,7 @@ from lightning_l2l.host.held_out import HeldOut, ValidationBatches
 from lightning_l2l.host.isolation import hidden_attribute
 from lightning_l2l.rates import plain
 from lightning_l2l.schedule import AppliedRecord, LearnedSchedule
-from lightning_l2l.tuner import Displacement, SearchResult, Tuner
+from lightning_l2l.tuner import Displacement, HeldOutGradient, SearchResult, Tuner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,6 +107,9 @@ class LearnToLearn(pl.Callback):
         self.seed = seed
         self._tuners: list[Tuner] = []
         self._held_out: HeldOut | None = None
+        self._compare: HeldOutGradient | None = None
+        self._batch: Any = None
+        self._waits_for_data = False
         self._cleanup = ExitStack()
         self._stage = ""
         self._reset()
@@ -143,7 +146,13 @@ class LearnToLearn(pl.Callback):
         saved, self._is_loaded = self._saved, False
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
-        self._held_out = self._find_held_out(trainer, pl_module)
+        # By default held-out data are asked from the second pass on, and looked for then.
+        self._waits_for_data = self.meta_data == "auto" and self.held_out_loss is None
+        self._held_out = None if self._waits_for_data else self._find_held_out(trainer, pl_module)
+        self._compare = None
+        if not lightning_api.is_manual(pl_module) and not lightning_api.takes_iterator(pl_module):
+            same = HeldOut(trainer, pl_module, lambda _: self._batch, source="the last training batch", seed=self.seed)
+            self._compare = same.gradient
         for number, optimizer in enumerate(lightning_api.real_optimizers(trainer)):
             tuner = self._attach(trainer, pl_module, optimizer)
             self._tuners.append(tuner)
@@ -154,16 +163,15 @@ class LearnToLearn(pl.Callback):
         self._show_rates()
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
-        alone = len(lightning_api.real_optimizers(trainer)) == 1
         manual = lightning_api.is_manual(module)
         return self.estimator.attach(
             optimizer,
-            # How often training_step steps by hand is not known, and losses of players are no measure of each other.
+            # How often training_step steps by hand is not known, and what its losses say of each optimizer neither.
             planned_steps=math.inf if manual else lightning_api.planned_steps(trainer),
             every_n_steps=self.every_n_steps,
             meta_learning_rate=self.meta_learning_rate,
             initial_search=self.initial_search,
-            divergence_guard=self.divergence_guard and alone,
+            divergence_guard=self.divergence_guard and not manual,
             has_schedule=lightning_api.has_schedule(trainer),
             modules=[module],
             seed=self.seed,
@@ -256,16 +264,13 @@ class LearnToLearn(pl.Callback):
     def _step(
         self, trainer: pl.Trainer, module: pl.LightningModule, tuner: Tuner, loss: torch.Tensor | None, batch: Any
     ) -> dict[str, Any] | None:
-        compare = None
-        if not lightning_api.is_manual(module) and not lightning_api.takes_iterator(module):
-            compare = HeldOut(trainer, module, lambda _: batch, source="the training batch again", seed=self.seed)
+        self._batch = batch
         # In the first pass over the data every training gradient is a held-out gradient.
-        is_new = self.meta_data == "auto" and self.held_out_loss is None and trainer.current_epoch == 0
-        record = tuner.step(
-            loss,
-            held_out=None if self._held_out is None or is_new else self._held_out.gradient,
-            compare=None if compare is None else compare.gradient,
-        )
+        if self._waits_for_data and trainer.current_epoch > 0:
+            self._waits_for_data = False
+            self._held_out = self._find_held_out(trainer, module)
+        held_out = None if self._held_out is None else self._held_out.gradient
+        record = tuner.step(loss, held_out=held_out, compare=self._compare)
         error, tuner.held_out_error = tuner.held_out_error, None
         if record is not None and record["diagnostics"]["trouble"] == "rolled_back":
             for count in lightning_api.averages(trainer):
@@ -339,7 +344,7 @@ class LearnToLearn(pl.Callback):
         self._cleanup.close()
         for tuner in self._tuners:
             tuner.close()
-        self._tuners, self._held_out, self._losses = [], None, []
+        self._tuners, self._held_out, self._compare, self._losses, self._batch = [], None, None, [], None
 
     # Results.
 

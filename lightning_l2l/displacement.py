@@ -29,21 +29,22 @@ from lightning_l2l.preserve import local
 
 # The constants of the rule were chosen on one half of the task families of tests/benchmarks/population; docs/no-harm.md
 # has their results on the other half.
+_SMALL = 2**14  # entries: tensors up to this size are measured together
 _AVERAGE = 9  # the average moves by 9 / (t + 9) of the way: a mean age of an eighth of the steps
 _SAMPLES = 128  # measurements each time that the number of steps doubles, about
-_FIRST_UPDATE, _RATIO = 10, 1.2  # updates follow 10, 12, 14.4, ... steps
+_FIRST_UPDATE, _RATIO = 10, 1.2  # updates follow 10, 12, 15, ... steps
 _SPEED = 2.0  # the most that the log of the rate moves for each unit of the log of time
 _MARGIN, _FULL = 0.05, 0.2  # a cosine down to -_MARGIN is no reason to rise; _FULL beyond it is full speed
-_EARLY_MARGIN, _EARLY = 0.2, 0.2  # early on every rate makes progress, so the margin is larger
+_EARLY_MARGIN, _EARLY = 0.3, 0.2  # early on every rate makes progress, so the margin is larger
 _PEAK = 0.9  # of its largest value: a schedule below it is coming down, which is no reason to rise against it
-_DECAY_AT, _PROGRESS = 0.8, -0.05  # a cosine below _PROGRESS: the training gets on, so the rate does not decay
-_STILL, _RAMP, _RAMP_STEPS, _UNANIMOUS = 1e-3, 1.5, 60, -0.1
+_DECAY_AT, _PROGRESS = 0.85, -0.02  # a cosine below _PROGRESS: the training gets on, and the rate does not decay
+_STILL, _RAMP, _RAMP_STEPS, _UNANIMOUS = 5e-4, 2.0, 60, -0.1
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
 _HELD_OUT_MEMORY = 0.6
 
 _STATE = (
-    "log_factors", "ramp_steps", "_floor", "_ceilings", "_sums", "_held_out", "_peak", "_decay_from", "_last", "_next",
-    "_origin",
+    "log_factors", "ramp_steps", "_floor", "_ceilings", "_sums", "_held_out", "_peak", "_scheduled", "_decay_from",
+    "_last", "_next", "_origin",
 )  # fmt: skip
 
 
@@ -118,20 +119,27 @@ class RunningAverage:
         if not parameters:
             return torch.zeros(4)
         averages = [self._average[p] for p in parameters]
-        weights = self._seen_as(parameters, averages)
-        gradients = self._seen_as([p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters], averages)
-        moved = torch._foreach_sub(weights, averages)
-        norms = [*torch._foreach_norm(gradients), *torch._foreach_norm(moved), *torch._foreach_norm(weights)]
-        torch._foreach_mul_(moved, gradients)
-        device = norms[0].device
-        double = torch.float32 if device.type == "mps" else torch.float64
-        along = torch.stack([part.sum().to(device) for part in moved]).to(double)
-        squares = torch.stack([norm.to(device) for norm in norms]).to(double).square().view(3, -1)
-        sums = torch.cat([-along[None] if options.get("maximize") else along[None], squares])
+        gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
+        parts = list(
+            zip(self._seen_as(parameters, averages), averages, self._seen_as(gradients, averages), strict=True)
+        )
         if not self.is_sharded:
-            return sums.sum(1)
-        total = (sums * torch.tensor([_share(p) for p in parameters], dtype=double, device=device)).sum(1)
-        torch.distributed.all_reduce(total)
+            parts = _joined(parts)  # one call each for many small tensors
+        rows = []
+        for weights, average, gradient in parts:
+            moved = (weights - average).view(-1)
+            weights, gradient = weights.reshape(-1), gradient.reshape(-1)
+            rows += [gradient.dot(moved), gradient.dot(gradient), moved.dot(moved), weights.dot(weights)]
+        device = rows[0].device
+        double = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.stack([row.to(device) for row in rows]).to(double).view(-1, 4)
+        if self.is_sharded:
+            sums = sums * torch.tensor([[_share(p)] for p in parameters], dtype=double, device=device)
+        total = sums.sum(0)
+        if self.is_sharded:
+            torch.distributed.all_reduce(total)
+        if options.get("maximize"):
+            total[0].neg_()
         return total
 
     @torch.no_grad()
@@ -155,6 +163,16 @@ class RunningAverage:
         if [a.shape for a in averages] == [a.shape for a in state["average"]]:
             torch._foreach_copy_(averages, [a.to(b) for a, b in zip(state["average"], averages, strict=True)])
             self._last = state["last"]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The same with the small tensors of one device and dtype end to end."""
+    small = [part for part in parts if part[0].numel() <= _SMALL and part[0].dtype == parts[0][0].dtype]
+    if len(small) < 3 or len({tensor.device for tensor, _, _ in parts}) > 1:
+        return parts
+    joined = tuple(torch.cat([tensor.reshape(-1) for tensor in column]) for column in zip(*small, strict=True))
+    chosen = {id(part) for part in small}
+    return [part for part in parts if id(part) not in chosen] + [joined]  # type: ignore[list-item]
 
 
 def _copied(parameter: Tensor) -> Tensor:
@@ -183,6 +201,7 @@ class Rule:
 
     Args:
         units: How many learned factors there are: one for the optimizer, or one for each parameter group.
+        base_rate: The largest base rate at the start.
         planned_steps: The length of the training; ``inf`` where nobody knows.
         every_n_steps: Steps from one update to the next; ``None``: in proportion to the steps so far.
         speed: A multiple of the usual speed; 0 only observes.
@@ -191,7 +210,15 @@ class Rule:
     """
 
     def __init__(
-        self, units: int, *, planned_steps: float, every_n_steps: int | None, speed: float, ramps: bool, decays: bool
+        self,
+        units: int,
+        *,
+        base_rate: float,
+        planned_steps: float,
+        every_n_steps: int | None,
+        speed: float,
+        ramps: bool,
+        decays: bool,
     ) -> None:
         self.planned_steps = planned_steps
         self.only_observes = speed == 0
@@ -205,10 +232,11 @@ class Rule:
         self._ceilings = [math.inf] * units
         self._sums = [[0.0, 0.0, 0.0] for _ in range(units)]
         self._held_out = [0.0] * units
-        self._peak = 0.0
+        self._peak = self._scheduled = base_rate
         self._decay_from = math.inf
         self._last = 0
-        self._next = every_n_steps or _FIRST_UPDATE
+        self._next = float(every_n_steps or _FIRST_UPDATE)
+        self._decay_at = math.ceil(_DECAY_AT * planned_steps) if self._decays else math.inf
         self._origin = 0
 
     def samples(self, step: int) -> bool:
@@ -217,7 +245,7 @@ class Rule:
 
     def is_due(self, step: int) -> bool:
         """Whether an update follows so many steps."""
-        return step >= self._next
+        return step >= round(self._next) or self._last < self._decay_at <= step
 
     def is_ramping(self, step: int) -> bool:
         """Whether the rate may go on rising at once: it has since the last update, or it is too early to tell."""
@@ -255,7 +283,9 @@ class Rule:
             held_out: The cosine of each unit's held-out gradient, where there is one. Where that is larger than the
                 training gradients', it is what counts: the network is learning its training data by heart.
         """
-        self._peak = max(self._peak, scheduled)
+        # A warm-up is a plan, and a schedule that comes down makes the gradients unanimous again.
+        is_level = self._scheduled >= scheduled >= _PEAK * self._peak
+        self._peak, self._scheduled = max(self._peak, scheduled), scheduled
         span = math.log(step / self._last) if self._every and self._last else math.log(_RATIO)
         early = max(0.0, 1 - step / (_EARLY * self.planned_steps))
         means = []
@@ -265,21 +295,24 @@ class Rule:
                 self._held_out[unit] += (1 - _HELD_OUT_MEMORY) * (held_out[unit] - self._held_out[unit])
                 mean = max(mean, self._held_out[unit])
             means.append(mean)
-            if math.isnan(mean) or scheduled < _PEAK * self._peak or self._decay_from < math.inf:
+            if math.isnan(mean) or not is_level or self._decay_from < math.inf:
                 continue
             rise = min(1.0, max(0.0, (-mean - error - _MARGIN - _EARLY_MARGIN * early) / _FULL))
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
             moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
             self.log_factors[unit] = max(moved, min(self._floor, value))
-        decay_at = int(_DECAY_AT * self.planned_steps) if self.planned_steps < math.inf else math.inf
-        is_late = self._decays and decay_at <= step < self.planned_steps
+        is_late = self._decay_at <= step < self.planned_steps
         if is_late and self._decay_from == math.inf and any(mean > _PROGRESS for mean in means):
             self._decay_from = step
         self._sums = [[0.0, 0.0, 0.0] for _ in means]
         self._last = step
-        self._next = step + self._every if self._every else max(step + 1, math.ceil(step * _RATIO))
-        if step < decay_at < self._next:
-            self._next = decay_at
+        while round(self._next) <= step:
+            self._next = self._next + self._every if self._every else self._next * _RATIO
+
+    @property
+    def is_decaying(self) -> bool:
+        """Whether the factors change at every step."""
+        return self._decay_from < math.inf
 
     def factor(self, step: int, unit: int = 0) -> float:
         """What the base rate is multiplied by in the step after so many."""
@@ -288,22 +321,13 @@ class Rule:
         left = max(0.0, (self.planned_steps - step) / (self.planned_steps - self._decay_from))
         return math.exp(self.log_factors[unit]) * left
 
-    def overshoots(self) -> bool:
-        """Whether all units' steps have clearly come uphill since the last update."""
-        found = [self.evidence(unit) for unit in range(len(self.log_factors))]
-        return all(mean > 2 * error for mean, error in found)
-
-    def age(self, step: int) -> int:
-        """Steps since the start, or since the run was last taken back."""
-        return step - self._origin
-
     def cut(self, step: int) -> float:
         """The run was taken back: cut the rates, by ten if it was lost at once, else by three.
 
         Returns:
             What they were divided by.
         """
-        by = _CUT_AT_ONCE if self.age(step) <= _AT_ONCE else _CUT
+        by = _CUT_AT_ONCE if step - self._origin <= _AT_ONCE else _CUT
         for unit, value in enumerate(self.log_factors):
             self._ceilings[unit] = value - math.log(_BELOW)
             self.log_factors[unit] = value - math.log(by)

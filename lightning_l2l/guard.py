@@ -19,7 +19,7 @@ from lightning_l2l.preserve import local
 # The running mean of the losses moves by this part of the way to each.
 _MEAN = 0.2
 # Times the size of the first loss above it: a mean loss that far is a suspicion at once, and one above `_HIGH` if it
-# stays there for a twentieth of the training, and for ten steps at least.
+# stays there for a twentieth of the training, and for ten steps at least (a hundred where nobody knows its end).
 _FAR, _HIGH = 30.0, 1.0
 _PATIENCE = 0.05
 _SETTLED = 8
@@ -46,15 +46,11 @@ class LossWatch:
         self.first = math.nan
         self.mean = math.nan
         self.is_suspicious = False
-        self._planned = planned_steps
+        self._patience = max(10.0, _PATIENCE * planned_steps if planned_steps < math.inf else 100.0)
         self._high = 0
         self._seen = 0  # since the start, or since the run was taken back
         self._tolerance = 1.0
         self._lowest = math.inf
-
-    def patience(self, least: int) -> float:
-        """A twentieth of the training, and this number of steps at least; ten times that where nobody knows its end."""
-        return max(least, _PATIENCE * self._planned) if self._planned < math.inf else 10 * least
 
     def see(self, loss: float) -> None:
         """The loss of one training step."""
@@ -67,7 +63,7 @@ class LossWatch:
         self._seen += 1
         size = self._tolerance * abs(self.first)
         self._high = self._high + 1 if self.mean > self.first + _HIGH * size else 0
-        if self.mean > self.first + _FAR * size or self._high > self.patience(10):
+        if self.mean > self.first + _FAR * size or self._high > self._patience:
             self.is_suspicious = True
 
     def has_improved(self) -> bool:
@@ -92,7 +88,7 @@ class LossWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, in a training of its own length."""
-        vars(self).update({**state, "_planned": self._planned})
+        vars(self).update({**state, "_patience": self._patience})
 
 
 def is_worse(before: Sequence[float], now: Sequence[float]) -> bool:

@@ -137,7 +137,10 @@ class AppliedRates:
                 seen.add(id(rate))
                 self._base[index], self._shown[index] = float(rate), None  # read anew each time
             elif rate is not self._shown[index]:
-                self._base[index] = rate.base if isinstance(rate, AppliedRate) else float(rate)
+                if isinstance(rate, AppliedRate):
+                    self._base[index] = rate.base
+                elif rate != self._shown[index]:  # else a step that raised has left the plain number there
+                    self._base[index] = float(rate)
                 self._show(index)
         del self.factors[len(groups) :], self._base[len(groups) :], self._shown[len(groups) :]
 
@@ -172,16 +175,21 @@ class AppliedRates:
         group["lr"] = self._shown[index] = AppliedRate(base * factor if factor != 1 else base, base)
 
     def before_step(self) -> None:
-        """The optimizer is about to step: tensors show the applied rate."""
+        """The optimizer is about to step: tensors show the applied rate, and numbers are plain ones (faster)."""
         self.refresh()
         for group, base, factor in zip(self.optimizer.param_groups, self._base, self.factors, strict=True):
-            if isinstance(group["lr"], Tensor) and factor != 1:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = float(group["lr"])
+            elif factor != 1:
                 group["lr"].fill_(base * factor)
 
     def after_step(self) -> None:
-        """The optimizer has stepped: tensors show the base rate again."""
-        for group, base, factor in zip(self.optimizer.param_groups, self._base, self.factors, strict=True):
-            if isinstance(group["lr"], Tensor) and factor != 1:
+        """The optimizer has stepped: tensors show the base rate again, and numbers know theirs."""
+        groups = zip(self.optimizer.param_groups, self._shown, self._base, self.factors, strict=True)
+        for group, shown, base, factor in groups:
+            if shown is not None and group["lr"] == shown:
+                group["lr"] = shown
+            elif isinstance(group["lr"], Tensor) and factor != 1:
                 group["lr"].fill_(base)
 
     @contextmanager

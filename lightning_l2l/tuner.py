@@ -61,7 +61,7 @@ class Displacement:
         per: ``"optimizer"``: one factor for all parameter groups, whose ratios stay as you chose them; ``"group"``: a
             factor for each, from its own cosine.
         final_decay: Where the length of the training is known, you have no schedule, and noise is what limits the loss
-            (the cosine is not negative any more), let the rate fall to zero over the last fifth of the steps.
+            (the cosine is not negative any more), let the rate fall to zero over the last 15 % of the steps.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.full((1,), 5.0))
@@ -116,13 +116,14 @@ class Displacement:
         """
         rule = Rule(
             len(optimizer.param_groups) if self.per == "group" else 1,
+            base_rate=max([float(group["lr"]) for group in optimizer.param_groups if "lr" in group], default=0.0),
             planned_steps=planned_steps,
             every_n_steps=every_n_steps,
             speed=meta_learning_rate,
-            ramps=initial_search,
+            ramps=initial_search and not has_schedule,
             decays=self.final_decay and not has_schedule,
         )
-        return Tuner(optimizer, rule, modules=modules, guard=divergence_guard, seed=seed)
+        return Tuner(optimizer, rule, modules=modules, search=initial_search, guard=divergence_guard, seed=seed)
 
 
 class Tuner:
@@ -135,6 +136,7 @@ class Tuner:
         optimizer: Any optimizer that moves its parameters in proportion to ``group["lr"]``.
         rule: When and how rates move.
         modules: Modules whose buffers are taken along by the guard, and put back after a held-out gradient.
+        search: Whether to say what the first steps made of the rate.
         guard: Whether to take a lost run back.
         seed: Of what a held-out loss draws.
 
@@ -153,6 +155,7 @@ class Tuner:
         rule: Rule,
         *,
         modules: Iterable[nn.Module] = (),
+        search: bool = True,
         guard: bool = True,
         seed: int = 0,
     ) -> None:
@@ -167,6 +170,7 @@ class Tuner:
         self.rollbacks = 0
         self._modules = list(modules)
         self._seed = seed
+        self._searches = search and not rule.only_observes
         self._guards = guard and not rule.only_observes
         self.applied = AppliedRecord()
         self._watch = LossWatch(rule.planned_steps)
@@ -269,16 +273,13 @@ class Tuner:
             self._watch.see(number)
         for unit in self._units:
             self.rule.see(self.steps, [self._of_unit(sums, unit) for sums in measured], unit)
-        if (
-            self._guards
-            and self.rollbacks < _MOST_ROLLBACKS
-            and (self._watch.is_suspicious or due and self._is_stuck())
-        ):
+        if self._guards and self._watch.is_suspicious and self.rollbacks < _MOST_ROLLBACKS:
             record = self._go_back_if_lost(compare or held_out)
             if record is not None:
                 return record
         record = self._update(held_out) if due else None
-        self._apply()
+        if self.rule.is_decaying or self.rule.is_ramping(self.steps):
+            self._apply()
         return record
 
     @property
@@ -292,11 +293,6 @@ class Tuner:
     def _apply(self) -> None:
         groups = range(len(self.optimizer.param_groups))
         self.rates.apply([self.rule.factor(self.steps, min(group, len(self._units) - 1)) for group in groups])
-
-    def _is_stuck(self) -> bool:
-        """Whether the run has come uphill for some time, and its losses are above the first one still."""
-        old_enough = self.rule.age(self.steps) > self._watch.patience(30)
-        return old_enough and self._watch.mean > self._watch.first and self.rule.overshoots()
 
     @property
     def _sign(self) -> float:
@@ -336,7 +332,7 @@ class Tuner:
             except HeldOutError as error:
                 self.held_out_error = error
         evidence = [self.rule.evidence(unit) for unit in self._units]
-        if self.search_result is None and self.rule.ramps and not self.rule.is_ramping(self.steps):
+        if self._searches and self.search_result is None and not self.rule.is_ramping(self.steps):
             self.search_result = self._end_of_search()
         self.rule.update(self.steps, max(self.rates.base, default=0.0), held_out_cosines)
         if self._guards and self._snapshot is not None and self._watch.has_improved():
@@ -355,6 +351,8 @@ class Tuner:
     def _end_of_search(self) -> SearchResult:
         steps, factor = self.rule.ramp_steps, math.exp(self.rule.log_factors[0])
         rate = self.rates.base[0] * factor
+        if not self.rule.ramps:
+            return SearchResult(rate, 0, "a schedule is a plan, so the rate is where it says")
         if steps == 0:
             return SearchResult(rate, 0, "the given rate moves the weights, so it stays")
         return SearchResult(rate, steps, f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}")
@@ -398,8 +396,11 @@ class Tuner:
         return self._record({}, "rolled_back", note)
 
     def _loss(self, compare: HeldOutGradient, number: int, before: Callable[[], None] | None) -> float:
-        with compare(len(self.history) + number, before) as loss:
-            return self._sign * float(loss)
+        try:
+            with compare(len(self.history) + number, before) as loss:
+                return self._sign * float(loss)
+        except HeldOutError:  # a step may refuse weights that have diverged
+            return math.nan
 
     def held_out_gradient(self, loss: Callable[[], Tensor]) -> HeldOutGradient:
         """Held-out gradients of a function, for loops of plain PyTorch.

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 def is_a(value: Any, name: str) -> bool:
     """Whether a class of this name is among the bases of the value's class."""
-    return name in _base_names(type(value))
+    kind: Any = type(value)
+    return name in _base_names(kind)
 
 
 @cache
-def _base_names(kind: type) -> frozenset[str]:
+def _base_names(kind: Any) -> frozenset[str]:
     return frozenset(base.__name__ for base in kind.__mro__)
 
 
