@@ -96,10 +96,13 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of each run, to see that it works; needs --results elsewhere")
+    parser.add_argument("--steps", type=int, help="of each run, to see that it works")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--report", action="store_true", help="of what is there; nothing is run")
     arguments = parser.parse_args()
+    for_docs = arguments.results.parent == DOCS / "figures"
+    if arguments.steps is not None and for_docs:
+        parser.error("--steps gives rows that are no evidence: --results must be somewhere else")
     results, timed_path = load(arguments.results), arguments.results.with_stem(arguments.results.stem + "-times")
     times = load(timed_path)
     path, found = (timed_path, times) if arguments.times else (arguments.results, results)
@@ -112,7 +115,6 @@ def main() -> None:
         found[run] = outcome
         save(path, run, outcome)
         print(f"{number}/{len(runs)} {run}: {outcome.test:.4g} in {outcome.seconds:.0f} s {outcome.note}", flush=True)
-    for_docs = arguments.steps is None
     print(write_page(results, times, DOCS / "evidence.md" if for_docs else None))
     if for_docs:
         draw(results, DOCS / "figures")

@@ -75,9 +75,9 @@ class Factorization(Learner):
 
     def __init__(self, learning_rate: float = 1e-2, schedule: bool = True) -> None:
         super().__init__(learning_rate, schedule)
-        self.embeddings = nn.ModuleList(nn.Embedding(RATED[name], 17, sparse=True) for name in ("s", "d"))
+        self.embeddings = nn.ModuleList(nn.Embedding(RATED[name], 9, sparse=True) for name in ("s", "d"))
         for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=0.1)
+            nn.init.normal_(embedding.weight, std=0.05)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         students, lecturers = (embedding(batch[0][:, index]) for index, embedding in enumerate(self.embeddings))
@@ -178,11 +178,11 @@ def communities() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(8, (2000,), generator=generator)
     together = classes[:, None] == classes
-    edges = torch.rand(2000, 2000, generator=generator) < torch.where(together, 0.02, 0.004)
+    edges = torch.rand(2000, 2000, generator=generator) < torch.where(together, 0.03, 0.005)
     edges = edges.triu(1)
     adjacency = (edges | edges.T).float() + torch.eye(2000)
     scale = adjacency.sum(1).rsqrt()
-    features = F.one_hot(classes, 8) + 2 * torch.randn(2000, 8, generator=generator)
+    features = F.one_hot(classes, 8) + torch.randn(2000, 8, generator=generator)
     return (scale[:, None] * adjacency * scale).to_sparse(), features, classes
 
 

@@ -21,7 +21,7 @@ TASKS = {
     "simclr": Task("SimCLR", images.SimCLR, images.views, 1e-3, 280, "accuracy"),
     "gan": Task("GAN, two optimizers", images.GAN, images.digits, 2e-4, 570, "score", optimizers=2),
     "recommender": Task("recommender, MLP", tables.Recommender, tables.ratings, 1e-3, 714),
-    "sparse": Task("recommender, sparse", tables.Factorization, tables.ratings, 1e-2, 714),
+    "sparse": Task("recommender, sparse", tables.Factorization, tables.ratings, 1e-2, 357),
     "diamonds": Task("prices of diamonds", tables.Prices, tables.diamonds, 1e-3, 860),
     "vowels": Task("speakers, GRU", tables.Speakers, tables.vowels, 1e-3, 520, "accuracy"),
     "graph": Task("graph network", tables.GraphNet, tables.nodes, 1e-2, 300, "accuracy"),
