@@ -39,6 +39,7 @@ def test_quickstart_prints_a_table_and_writes_the_figure(capsys: pytest.CaptureF
     assert Path("quickstart.png").stat().st_size > 10_000
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's own use of jsonargparse
 def test_a_vision_model_takes_the_callback_from_yaml(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
