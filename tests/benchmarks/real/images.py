@@ -238,7 +238,7 @@ class SimCLR(Learner):
     def loss(self, batch: tuple[tuple[Tensor, Tensor], Tensor]) -> Tensor:
         (first, second), _ = batch
         codes = F.normalize(self.projection(self.encoder(torch.cat([first, second]))), dim=1)
-        similarity = (codes @ codes.T / 0.5).fill_diagonal_(-torch.inf)
+        similarity = (codes @ codes.T / 0.2).fill_diagonal_(-torch.inf)
         return F.cross_entropy(similarity, torch.arange(len(codes), device=self.device).roll(len(first)))
 
     def measure(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -254,7 +254,7 @@ def two_views(image: Tensor) -> tuple[Tensor, Tensor]:
     """Twice a random part of the image at its size, brighter or darker."""
 
     def view() -> Tensor:
-        side = int(torch.randint(16, 29, ()))
+        side = int(torch.randint(20, 29, ()))
         top, left = torch.randint(29 - side, (2,)).tolist()
         part = image[None, :, top : top + side, left : left + side]
         return F.interpolate(part, 28, mode="bilinear")[0] * (0.6 + 0.8 * torch.rand(()))

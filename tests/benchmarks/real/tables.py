@@ -168,7 +168,7 @@ class Speakers(Classifier):
     def configure_optimizers(self) -> Any:
         return self.scheduled(
             torch.optim.Adam(self.parameters(), lr=self.learning_rate),
-            lambda optimizer, steps: ReduceLROnPlateau(optimizer, "max", factor=0.3, patience=1),
+            lambda optimizer, steps: ReduceLROnPlateau(optimizer, "max", factor=0.3, patience=0),
         )
 
 
