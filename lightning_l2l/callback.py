@@ -266,11 +266,12 @@ class LearnToLearn(pl.Callback):
     ) -> dict[str, Any] | None:
         self._batch = batch
         # In the first pass over the data every training gradient is a held-out gradient.
-        if self._waits_for_data and trainer.current_epoch > 0:
+        passes = lightning_api.passes(trainer)
+        if self._waits_for_data and passes > 0:
             self._waits_for_data = False
             self._held_out = self._find_held_out(trainer, module)
         held_out = None if self._held_out is None else self._held_out.gradient
-        record = tuner.step(loss, held_out=held_out, compare=self._compare)
+        record = tuner.step(loss, held_out=held_out, compare=self._compare, passes=passes)
         error, tuner.held_out_error = tuner.held_out_error, None
         if record is not None and record["diagnostics"]["trouble"] == "rolled_back":
             for count in lightning_api.averages(trainer):

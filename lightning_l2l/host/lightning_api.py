@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from lightning_l2l.preserve import preserved_random_state
 
@@ -60,6 +61,13 @@ def planned_steps(trainer: pl.Trainer) -> float:
         per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
         steps = min(steps, per_epoch * trainer.max_epochs)
     return float(steps)
+
+
+def passes(trainer: pl.Trainer) -> int:
+    """How often the training has seen all of its data; 0 for a stream, whose examples are new in every epoch."""
+    loader, _ = first_loader(trainer.train_dataloader)
+    dataset = getattr(loader, "dataset", None)
+    return 0 if dataset is None or isinstance(dataset, IterableDataset) else trainer.current_epoch
 
 
 def has_schedule(trainer: pl.Trainer) -> bool:
