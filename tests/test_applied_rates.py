@@ -22,7 +22,7 @@ from lightning_l2l import LearnToLearn
 from lightning_l2l.rates import AppliedRate, AppliedRates
 
 
-START = 1e-5  # so small that it rises by half in every step, from the fourth on
+START = 1e-5  # so small that it doubles in every step, from the fourth on
 
 
 def rising(**options: Any) -> LearnToLearn:
@@ -124,11 +124,11 @@ def test_a_schedule_is_that_of_the_run_without_learning(trainer: Any, name: str)
     used = fit(trainer, learned, callback, last).optimizers[0].used
     factors = [[a / b for a, b in zip(x, y, strict=True)] for x, y in zip(used, expected, strict=True)]
     assert len({round(first, 9) for first, _ in factors}) > 3, "nothing was learned"
-    # One factor for both groups, a power of 1.5: all else is the plain run's schedule.
+    # One factor for both groups, a power of 2: all else is the plain run's schedule.
     for first, second in factors:
         assert first == pytest.approx(second, rel=1e-12)
     for first, _ in factors[:19]:  # the only update follows after four fifths
-        assert math.log(first) / math.log(1.5) == pytest.approx(round(math.log(first) / math.log(1.5)), abs=1e-9)
+        assert math.log(first) / math.log(2) == pytest.approx(round(math.log(first) / math.log(2)), abs=1e-9)
     assert last.said == last.shown
 
 
@@ -168,7 +168,7 @@ def test_rates_that_hooks_write_are_the_new_base(trainer: Any) -> None:
     for record in records.values():
         ratios = [a / b for a, b in zip(record["learning_rates"], record["base_rates"], strict=True)]
         assert ratios[0] == pytest.approx(ratios[1], rel=1e-12)
-    assert any(used[10][0] / used[9][0] == pytest.approx(0.7 * learned) for learned in (1, 1.5))
+    assert any(used[10][0] / used[9][0] == pytest.approx(0.7 * learned) for learned in (1, 2))
     assert records[8]["learning_rates"][0] > records[8]["base_rates"][0]
 
 
@@ -181,7 +181,7 @@ def test_a_warm_up_in_optimizer_step_is_the_base_rate(trainer: Any) -> None:
 
     used = fit(trainer, WarmUp(), rising(every_n_steps=99)).optimizers[0].used
     factors = [rates[0] / (START * min(1.0, (step + 1) / 10)) for step, rates in enumerate(used[:19])]
-    powers = [math.log(factor) / math.log(1.5) for factor in factors]
+    powers = [math.log(factor) / math.log(2) for factor in factors]
     assert powers == pytest.approx([round(power) for power in powers], abs=1e-9) and len(set(powers)) > 3
 
 
@@ -225,7 +225,7 @@ def test_groups_that_are_added_are_learned_from_then_on(trainer: Any) -> None:
     callback, module = rising(), Frozen()
     used = fit(trainer, module, callback, Thaws()).optimizers[0].used
     assert [len(rates) for rates in used] == [1] * 12 + [2] * 12
-    assert [len(record["base_rates"]) for record in callback.history] == [1] * 3 + [2] * 3
+    assert [len(record["base_rates"]) for record in callback.history] == [1] * 3 + [2] * 4
     assert callback.history[-1]["base_rates"] == pytest.approx([START, 0.2 * START], rel=1e-14)
     ratio = callback.learning_rates[1] / callback.learning_rates[0]
     assert ratio == pytest.approx(0.2, rel=1e-12) and callback.learning_rates[0] > START
@@ -243,7 +243,7 @@ def test_an_optimizer_that_is_made_anew_during_the_fit_keeps_what_was_learned(tr
     (optimizer,) = fitted.optimizers
     assert optimizer is not anew.before and len(optimizer.used) == len(anew.before.used) == 12
     assert optimizer.used[0] == callback.history[2]["learning_rates"] and optimizer.used[0][0] > 2 * START
-    assert [record["step"] for record in callback.history] == [4, 8, 12, 16, 19, 23]
+    assert [record["step"] for record in callback.history] == [4, 8, 12, 16, 20, 21, 24]
     assert type(anew.before.param_groups[0]["lr"]) is float
 
 

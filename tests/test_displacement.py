@@ -18,6 +18,11 @@ from lightning_l2l import Displacement, LearnToLearn
 Parameters = list[Tensor]
 
 
+# The constants of the rule, as the documentation has them.
+FIRST, RATIO, SPEED, MARGIN, FULL, EARLY_MARGIN, EARLY = 10.0, 1.2, 2.0, 0.05, 0.2, 0.3, 0.2
+DECAY_AT, PROGRESS, STILL, RAMP, RAMP_STEPS, UNANIMOUS, MEMORY, PASSES = 0.85, -0.02, 5e-4, 2.0, 60, -0.1, 0.6, 3
+
+
 class SlowTwin:
     """What a page of the documentation says, in float64 and one number at a time.
 
@@ -43,7 +48,8 @@ class SlowTwin:
         self.log = [0.0] * len(self.units)
         self.held = [0.0] * len(self.units)
         self.cosines: list[list[float]] = [[] for _ in self.units]
-        self.t, self.next, self.folded, self.decay_from = 0, 10, 0, math.inf
+        self.t, self.next, self.folded, self.decay_from = 0, FIRST, 0, math.inf
+        self.end, self.last, self.passes = math.ceil(DECAY_AT * planned), 0, 0.0
         self.records: list[dict[str, Any]] = []
         self.average: dict[Tensor, Tensor] = {}
 
@@ -76,9 +82,9 @@ class SlowTwin:
             if not math.isnan(found):
                 cosines.append(found)
                 _, _, moved, weights = self.sums(unit)
-                still = 3 < self.t + 1 <= 60 and moved < 1e-6 * weights
-                if self.ramps and still and sum(cosines) / len(cosines) < -0.1:
-                    self.log[unit] += math.log(1.5)
+                still = 3 < self.t + 1 <= RAMP_STEPS and moved < STILL**2 * weights
+                if self.ramps and still and sum(cosines) / len(cosines) < UNANIMOUS:
+                    self.log[unit] += math.log(RAMP)
 
     def after_step(self) -> None:
         self.t += 1
@@ -87,11 +93,11 @@ class SlowTwin:
                 for p, average in self.average.items():
                     average += 9 / (step + 9) * (p.detach().double() - average)
             self.folded = self.t
-        if self.t >= self.next:
+        if self.t >= round(self.next) or self.last < self.end <= self.t:
             self.update()
 
     def update(self) -> None:
-        margin = 0.05 + 0.2 * max(0.0, 1 - self.t / (0.2 * self.planned))
+        margin = MARGIN + EARLY_MARGIN * max(0.0, 1 - self.t / (EARLY * self.planned))
         found, means = [], []
         if self.held_out is not None:
             self.held_out()
@@ -101,18 +107,20 @@ class SlowTwin:
             error = math.sqrt(sum((c - mean) ** 2 for c in cosines) / n / n) if n >= 3 else 1.0
             found.append((mean, error))
             if self.held_out is not None:
-                self.held[unit] = 0.6 * self.held[unit] + 0.4 * self.cosine(unit)
+                self.held[unit] = MEMORY * self.held[unit] + (1 - MEMORY) * self.cosine(unit)
                 mean = max(mean, self.held[unit])
+            elif self.passes > PASSES:
+                mean = max(mean, -MARGIN)
             means.append(mean)
             if self.decay_from == math.inf:
-                rise, fall = (-mean - error - margin) / 0.2, (mean - error) / 0.2
-                self.log[unit] += 2 * math.log(1.2) * (min(1, max(0, rise)) - min(1, max(0, fall)))
+                rise, fall = (-mean - error - margin) / FULL, (mean - error) / FULL
+                self.log[unit] += SPEED * math.log(RATIO) * (min(1, max(0, rise)) - min(1, max(0, fall)))
                 self.log[unit] = max(self.log[unit], 0.0)
-        end = int(0.8 * self.planned) if self.planned < math.inf else math.inf
-        if self.t >= end and self.decay_from == math.inf and max(means) > -0.05:
+        if self.end <= self.t < self.planned and self.decay_from == math.inf and max(means) > PROGRESS:
             self.decay_from = self.t
-        self.next = max(self.t + 1, math.ceil(1.2 * self.t))
-        self.next = end if self.t < end < self.next else self.next
+        while round(self.next) <= self.t:
+            self.next *= RATIO
+        self.last = self.t
         self.cosines = [[] for _ in self.units]
         self.records.append({"step": self.t, "cosine": found, "learning_rates": self.rates()})
 
@@ -164,6 +172,7 @@ class Beside(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step > self.twin.t:
+            self.twin.passes = trainer.current_epoch
             self.twin.after_step()
 
 
@@ -374,4 +383,4 @@ def test_rates_fall_to_zero_at_the_end_where_noise_rules_and_nobody_else_schedul
 def test_updates_every_n_steps(trainer: Any) -> None:
     callback = LearnToLearn(every_n_steps=4, initial_search=False)
     trainer(callback, max_epochs=4).fit(Plain(sgd(0.1)), loader(), loader(24, 1))
-    assert [record["step"] for record in callback.history] == [4, 8, 12, 16, 19, 23]  # 19: four fifths of 24
+    assert [record["step"] for record in callback.history] == [4, 8, 12, 16, 20, 21, 24]  # 21: where the decay may begin
