@@ -133,7 +133,10 @@ class Tuner:
         search_result: What the first steps changed, once they are over; ``None`` where nothing is looked for.
         seen: Optimizer steps when :meth:`step` was last called.
         held_out_error: What the last held-out gradient failed with: the update went on with the training gradients.
+        rollbacks: How often the run was taken back.
     """
+
+    estimator = "displacement"
 
     def __init__(
         self,
@@ -193,7 +196,7 @@ class Tuner:
 
     def _before_step(self) -> None:
         self.rates.before_step()
-        self.applied.note(self.steps, dict(zip(self._columns(), self.rates.applied, strict=True)))
+        self.applied.note(self.steps, self.values_in_force())
         if self._guards and self._snapshot is None:
             self._snapshot = Snapshot(self._modules, self.optimizer)
         if self.rule.samples(self.steps):
@@ -212,13 +215,21 @@ class Tuner:
         if self.rule.samples(self.steps - 1):
             self.average.fold(self.steps)
 
-    def _columns(self) -> list[str]:
-        """The name of each group's rate in an exported schedule."""
+    def values_in_force(self) -> dict[str, float]:
+        """What the next step uses, by the name of the column in an exported schedule."""
+        return dict(zip(self.columns("lr"), self.rates.applied, strict=True))
+
+    def columns(self, key: str) -> list[str]:
+        """The name of each group's hyperparameter in an exported schedule.
+
+        Args:
+            key: The hyperparameter's key in the groups.
+        """
         groups = self.optimizer.param_groups
         if len(groups) == 1:
-            return ["lr"]
+            return [key]
         labels = [str(group.get("name", index)) for index, group in enumerate(groups)]
-        return [f"lr/{label if len(set(labels)) == len(labels) else index}" for index, label in enumerate(labels)]
+        return [f"{key}/{label if len(set(labels)) == len(labels) else index}" for index, label in enumerate(labels)]
 
     def _measure(self) -> Tensor:
         return torch.stack([self.average.measure(group) for group in range(len(self.optimizer.param_groups))])
@@ -249,7 +260,7 @@ class Tuner:
         if loss is not None:
             value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
             self._losses.append(self._sign * value.reshape(()))
-        due = self.rule.is_due(self.steps)
+        due = self.is_due()
         if not (due or self._reads_now()):
             return None
         losses, measured = self._read()
@@ -263,6 +274,10 @@ class Tuner:
         record = self._update(held_out) if due else None
         self.rates.apply(self.rule.factors(self.steps))
         return record
+
+    def is_due(self) -> bool:
+        """Whether an update follows the last step."""
+        return self.rule.is_due(self.steps)
 
     @property
     def _sign(self) -> float:
@@ -291,6 +306,23 @@ class Tuner:
         return numbers[: len(losses)], [rows[at : at + groups] for at in range(0, len(rows), groups)]
 
     def _update(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
+        if self.search_result is None and self.rule.ramps and not self.rule.is_ramping(self.steps):
+            self.search_result = self._end_of_search()
+        found = self.learn(held_out)
+        if self._guards and self._snapshot is not None and self._watch.has_improved():
+            self._snapshot.take()
+        self.rates.apply(self.rule.factors(self.steps))
+        return self._record(found)
+
+    def learn(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
+        """What an update learns: gather the evidence, and move the learned factors by it.
+
+        Args:
+            held_out: Where held-out gradients come from.
+
+        Returns:
+            The evidence, for the record.
+        """
         held_out_loss, held_out_cosine = math.nan, [math.nan] * len(self.optimizer.param_groups)
         if held_out is not None:
             try:
@@ -300,13 +332,8 @@ class Tuner:
                 held_out_cosine = [cosine(*numbers[at : at + 3]) for at in range(0, len(numbers), 4)]
             except HeldOutError as error:
                 self.held_out_error = error
-        if self.search_result is None and self.rule.ramps and not self.rule.is_ramping(self.steps):
-            self.search_result = self._end_of_search()
         found = self.rule.update(self.steps, self.rates.base)
-        if self._guards and self._snapshot is not None and self._watch.has_improved():
-            self._snapshot.take()
-        self.rates.apply(self.rule.factors(self.steps))
-        return self._record({"held_out_loss": held_out_loss, "held_out_cosine": held_out_cosine, **found})
+        return {"held_out_loss": held_out_loss, "held_out_cosine": held_out_cosine, **found}
 
     def _end_of_search(self) -> SearchResult:
         steps, factor = self.rule.ramp_steps, math.exp(self.rule.log_factors[0])
@@ -316,13 +343,14 @@ class Tuner:
         return SearchResult(rate, steps, f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}")
 
     def _record(self, found: dict[str, Any], trouble: str = "", note: str = "") -> dict[str, Any]:
+        diagnostics = found.pop("diagnostics", {})
         record = {
             "step": self.steps,
             "learning_rates": self.rates.applied,
             "base_rates": self.rates.base,
             "training_loss": self._watch.mean,
             **found,
-            "diagnostics": {"trouble": trouble, "note": note, "estimator": "displacement"},
+            "diagnostics": {"trouble": trouble, "note": note, "estimator": self.estimator, **diagnostics},
         }
         self.history.append(record)
         return record
