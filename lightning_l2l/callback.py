@@ -71,7 +71,9 @@ class LearnToLearn(pl.Callback):
 
     Attributes:
         learning_rates: The applied rates, one for each parameter group over all optimizers.
-        history: One record for each update: ``"step"``, ``"learning_rates"``, ``"cosine"``, ..., ``"diagnostics"``.
+        history: One record for each update: ``"step"``, ``"learning_rates"``, ``"cosine"``, ..., ``"diagnostics"``;
+            with an exact estimator also ``"meta_objective"``, ``"meta_gradient"`` (numbers by meta-parameter; the norm
+            of one with more than 100) and ``"hyperparameters"`` (the learned values of each group).
         search_result: What the search at the start found; ``None`` without one.
         learned: What this fit learns, or has learned, with an exact estimator; else ``None``.
 

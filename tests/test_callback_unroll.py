@@ -334,6 +334,15 @@ def test_what_is_no_meta_gradient_is_never_applied_and_said(trainer: Any, change
     assert callback.export_schedule().rows[-1]["momentum"] == good["hyperparameters"][0]["momentum"] != 0.9
 
 
+@pytest.mark.filterwarnings("ignore:LearnToLearn")
+def test_a_lost_run_is_taken_back_and_learns_on(trainer: Any) -> None:
+    module, callback = Plain(sgd(1e3, momentum=0.9)), exact()
+    trainer(callback, max_epochs=8).fit(module, **loaders())
+    assert callback.history[0]["diagnostics"]["trouble"] == "rolled_back"
+    assert callback.history[-1]["meta_gradient"] and callback.learning_rates[0] < 100
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
 class Checkpointed(Plain):
     def loss(self, batch: Any) -> Any:
         hidden = checkpoint(self.net, batch[0].clone().requires_grad_(), use_reentrant=True)
@@ -448,7 +457,8 @@ trainer:
         ["--config", str(path)],
         [
             "--trainer.callbacks=lightning_l2l.LearnToLearn",
-            '--trainer.callbacks.estimator={"class_path": "lightning_l2l.EvolutionStrategies", "init_args": {"steps":4}}',
+            "--trainer.callbacks.estimator="
+            '{"class_path": "lightning_l2l.EvolutionStrategies", "init_args": {"steps": 4}}',
         ],
     ):
         cli = LightningCLI(Plain, run=False, save_config_callback=None, seed_everything_default=False, args=arguments)

@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_l2l.displacement import Rule
 from lightning_l2l.exact.estimators import EvolutionStrategies, Unroll
@@ -26,7 +25,7 @@ from lightning_l2l.host.held_out import SEED_STRIDE, HeldOut
 from lightning_l2l.host.isolation import unnoticed
 from lightning_l2l.host.refusals import WAY_OUT
 from lightning_l2l.host.training_loss import StepBatches, TrainingLoss, clipping, copied_batch, processes_of
-from lightning_l2l.learned import LearnedOptimizer, LearnedTorchOptimizer, OptimizerInUse
+from lightning_l2l.learned import LearnedHyperparameters, LearnedOptimizer, LearnedTorchOptimizer, OptimizerInUse
 from lightning_l2l.preserve import PreservedTensors
 from lightning_l2l.tuner import LARGEST_SAVED, HeldOutGradient, Tuner
 
@@ -108,7 +107,7 @@ class UnrollTuner(Tuner):
         # Hyperparameters other than the rate in each group: what the user wrote, and what is learned on top of it.
         self._given: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
         self._shown: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
-        speed = _STEP_OF_LOGARITHMS if learned.scaled_rate(1.0) or self._values() else _STEP_OF_WEIGHTS
+        speed = _STEP_OF_LOGARITHMS if isinstance(learned, LearnedHyperparameters) else _STEP_OF_WEIGHTS
         self._meta_optimizer = MetaOptimizer(learned.parameters(), meta_learning_rate * speed)
         if self._processes is not None:
             self._processes.copy_first_(list(learned.parameters()))
@@ -332,6 +331,7 @@ class UnrollTuner(Tuner):
         """Plain tensors, numbers, strings and containers."""
         in_optimizer = isinstance(self.optimizer, LearnedTorchOptimizer)  # whose own state has the meta-parameters
         batches = [vars(step) for step in self._remembered]
+        saves_batches = self._processes is None and _size(batches) <= LARGEST_SAVED
         return {
             **super().state_dict(),
             "unroll": {
@@ -341,7 +341,7 @@ class UnrollTuner(Tuner):
                 "meta_optimizer": copy.deepcopy(self._meta_optimizer.state_dict()),
                 "given": copy.deepcopy(self._given),
                 "shown": copy.deepcopy(self._shown),
-                "batches": copy.deepcopy(batches) if self._processes is None and _is_small(batches) else [],
+                "batches": copy.deepcopy(batches) if saves_batches else [],
             },
         }
 
@@ -387,9 +387,12 @@ def _entries(gradient: Tensor) -> list[float]:
     return values
 
 
-def _is_small(batches: list[dict[str, Any]]) -> bool:
-    """Whether a checkpoint may hold them: they load with ``weights_only``, and are not large."""
-    leaves = pytree.tree_leaves(batches)
-    tensors = [leaf for leaf in leaves if type(leaf) is Tensor]
-    plain = all(type(leaf) in (Tensor, int, float, bool, str, type(None)) for leaf in leaves)
-    return plain and sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= LARGEST_SAVED
+def _size(value: Any) -> float:
+    """Bytes of the tensors in a tree; infinite if it has anything that would not load with ``weights_only``."""
+    if type(value) is Tensor:
+        return value.numel() * value.element_size()
+    if type(value) in (list, tuple):
+        return sum(map(_size, value))
+    if type(value) is dict:
+        return sum(map(_size, [*value.keys(), *value.values()]))
+    return 0 if type(value) in (int, float, bool, str, type(None)) else math.inf
