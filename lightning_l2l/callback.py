@@ -24,7 +24,7 @@ from lightning_l2l.host.unroll import UnrollTuner
 from lightning_l2l.learned import LearnedHyperparameters, LearnedOptimizer
 from lightning_l2l.rates import plain
 from lightning_l2l.schedule import AppliedRecord, LearnedSchedule
-from lightning_l2l.tuner import Displacement, SearchResult, Tuner
+from lightning_l2l.tuner import Displacement, HeldOutGradient, SearchResult, Tuner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,9 +58,11 @@ class LearnToLearn(pl.Callback):
             :meth:`LearnedOptimizer.as_torch_optimizer <lightning_l2l.LearnedOptimizer.as_torch_optimizer>`.
         every_n_steps: Optimizer steps from one update to the next. ``None``: in proportion to the steps so far, so that
             100 and 100,000 steps are the same problem.
-        meta_data: ``"auto"``: batches of the (first) validation loader where ``training_step`` can take them, else the
-            training gradients; ``"val"``: the same, but an error where it cannot; ``"train"``: the training gradients;
-            or a loader of batches. Data that you report results on should be none of these.
+        meta_data: What gradients the rate is learned from, besides those of the training. ``"auto"``: from the second
+            pass over the data on (in the first one, every training batch is new), batches of the (first) validation
+            loader, where there is one and ``training_step`` can take them. ``"val"``: from the start, and an error
+            where it cannot. ``"train"``: none. Or a loader of batches. Report results on none of these data. (An exact
+            estimator asks held-out data from the start; without, a training batch that is older than its steps.)
         held_out_loss: ``held_out_loss(module, batch)`` returns the loss that counts, where ``training_step`` is not the
             measure (self-supervised training, detection, sequence to sequence).
         meta_learning_rate: How fast the logarithm of a rate moves, as a multiple of the default; 0 only observes.
@@ -123,6 +125,9 @@ class LearnToLearn(pl.Callback):
         self._template = learned
         self._tuners: list[Tuner] = []
         self._held_out: HeldOut | None = None
+        self._compare: HeldOutGradient | None = None
+        self._batch: Any = None
+        self._waits_for_data = False
         self._cleanup = ExitStack()
         self._reset()
 
@@ -142,7 +147,7 @@ class LearnToLearn(pl.Callback):
         """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
         if stage != "fit":
             return
-        if trainer.global_step > 0 and self._model() is not pl_module:
+        if trainer.global_step == 0 or self._model() is not pl_module:
             self._reset()
         lightning_api.refuse_several(trainer, LearnToLearn)
 
@@ -154,11 +159,17 @@ class LearnToLearn(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers, restored or fresh."""
-        same = self._model() is pl_module or self._model() is None
-        saved = self._saved if same else {}
+        saved = self._saved if self._model() in (None, pl_module) else {}
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
-        self._held_out = self._find_held_out(trainer, pl_module)
+        # By default held-out data are asked from the second pass on, and looked for then.
+        is_default = self.meta_data == "auto" and self.held_out_loss is None
+        self._waits_for_data = is_default and isinstance(self.estimator, Displacement)
+        self._held_out = None if self._waits_for_data else self._find_held_out(trainer, pl_module)
+        self._compare = None
+        if not lightning_api.is_manual(pl_module) and not lightning_api.takes_iterator(pl_module):
+            same = HeldOut(trainer, pl_module, lambda _: self._batch, source="the last training batch", seed=self.seed)
+            self._compare = same.gradient
         for number, optimizer in enumerate(lightning_api.real_optimizers(trainer)):
             tuner = self._attach(trainer, pl_module, optimizer)
             self._tuners.append(tuner)
@@ -169,9 +180,9 @@ class LearnToLearn(pl.Callback):
         self._show_rates()
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
-        alone = len(lightning_api.real_optimizers(trainer)) == 1
-        # How often training_step steps by hand is not known, and losses of players are no measure of each other.
-        planned_steps = math.inf if lightning_api.is_manual(module) else lightning_api.planned_steps(trainer)
+        manual = lightning_api.is_manual(module)
+        # How often training_step steps by hand is not known, and what its losses say of each optimizer neither.
+        planned_steps = math.inf if manual else lightning_api.planned_steps(trainer)
         if isinstance(self.estimator, Displacement):
             return self.estimator.attach(
                 optimizer,
@@ -179,7 +190,7 @@ class LearnToLearn(pl.Callback):
                 every_n_steps=self.every_n_steps,
                 meta_learning_rate=self.meta_learning_rate,
                 initial_search=self.initial_search,
-                divergence_guard=self.divergence_guard and alone,
+                divergence_guard=self.divergence_guard and not manual,
                 has_schedule=lightning_api.has_schedule(trainer),
                 modules=[module],
                 seed=self.seed,
@@ -198,6 +209,7 @@ class LearnToLearn(pl.Callback):
             meta_learning_rate=self.meta_learning_rate,
             initial_search=self.initial_search,
             divergence_guard=self.divergence_guard,
+            has_schedule=lightning_api.has_schedule(trainer),
             seed=self.seed,
         )
 
@@ -213,9 +225,8 @@ class LearnToLearn(pl.Callback):
                     "counts, or leave meta_data out: then the rates are learned from the training gradients."
                 )
             return None
-        loader, count = (
-            lightning_api.first_loader(lightning_api.validation_loaders(trainer)) if own else (self.meta_data, 1)
-        )
+        loaders = lightning_api.validation_loaders(trainer) if own else self.meta_data
+        loader, count = lightning_api.first_loader(loaders)
         if loader is None:
             if self.meta_data == "val" or self.held_out_loss is not None:
                 raise MisconfigurationException(
@@ -294,14 +305,13 @@ class LearnToLearn(pl.Callback):
     def _step(
         self, trainer: pl.Trainer, module: pl.LightningModule, tuner: Tuner, loss: torch.Tensor | None, batch: Any
     ) -> dict[str, Any] | None:
-        compare = None
-        if not lightning_api.is_manual(module) and not lightning_api.takes_iterator(module):
-            compare = HeldOut(trainer, module, lambda _: batch, source="the training batch again", seed=self.seed)
-        record = tuner.step(
-            loss,
-            held_out=None if self._held_out is None else self._held_out.gradient,
-            compare=None if compare is None else compare.gradient,
-        )
+        self._batch = batch
+        # In the first pass over the data every training gradient is a held-out gradient.
+        if self._waits_for_data and trainer.current_epoch > 0:
+            self._waits_for_data = False
+            self._held_out = self._find_held_out(trainer, module)
+        held_out = None if self._held_out is None else self._held_out.gradient
+        record = tuner.step(loss, held_out=held_out, compare=self._compare)
         error, tuner.held_out_error = tuner.held_out_error, None
         if error is not None:
             if self.meta_data != "auto" or self.held_out_loss is not None:
@@ -371,7 +381,7 @@ class LearnToLearn(pl.Callback):
         self._cleanup.close()
         for tuner in self._tuners:
             tuner.close()
-        self._tuners, self._held_out, self._losses = [], None, []
+        self._tuners, self._held_out, self._compare, self._losses, self._batch = [], None, None, [], None
 
     # Results.
 
@@ -472,8 +482,8 @@ def _check(
         raise TypeError("LearnToLearn(held_out_loss=...) must be a function of the module and a batch.")
     if held_out_loss is not None and meta_data == "train":
         raise ValueError(
-            "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there are "
-            "no held-out batches to take that loss of. Leave one of them out."
+            "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there "
+            "are no held-out batches to take that loss of. Leave one of them out."
         )
     if not 0 <= meta_learning_rate < math.inf:
         raise ValueError(f"LearnToLearn(meta_learning_rate={meta_learning_rate}) must be finite, and not negative.")

@@ -45,7 +45,7 @@ def exact(estimator: Any = None, **options: Any) -> LearnToLearn:
 
 
 def held_out() -> list[Any]:
-    """A single held-out batch, so that it is known which."""
+    """The single batch of the loader of held-out data, so that it is known which."""
     return [tuple(t.double() if t.is_floating_point() else t for t in loader(16, 2, batch_size=16).dataset[:])]
 
 
@@ -117,7 +117,7 @@ class PlainLoop(pl.Callback):
 @pytest.mark.parametrize("case", OPTIONS)
 def test_what_is_learned_is_what_a_plain_loop_learns_with_meta_gradient(trainer: Any, case: str) -> None:
     options, clip = OPTIONS[case]
-    callback = exact(Unroll(steps=2, mode="forward"), meta_data=held_out())
+    callback = exact(Unroll(steps=2, mode="forward"), meta_data=loader(16, 2, batch_size=16))
     by_hand = PlainLoop(callback, LearnedStepSize(), clip=clip)
     trainer(callback, by_hand, precision="64-true", max_epochs=3, **options).fit(Plain(SGD), **loaders())
     compare(callback, by_hand)
@@ -125,7 +125,9 @@ def test_what_is_learned_is_what_a_plain_loop_learns_with_meta_gradient(trainer:
 
 @pytest.mark.parametrize("mode", ["forward", "reverse", "segmented"])
 def test_momentum_and_decay_are_learned_with_the_rate(trainer: Any, mode: Any) -> None:
-    callback = exact(Unroll(steps=2, mode=mode), learned=LearnedHyperparameters(THREE), meta_data=held_out())
+    callback = exact(
+        Unroll(steps=2, mode=mode), learned=LearnedHyperparameters(THREE), meta_data=loader(16, 2, batch_size=16)
+    )
     by_hand = PlainLoop(callback, LearnedHyperparameters(THREE), mode)
     fitted = trainer(callback, by_hand, precision="64-true", max_epochs=3)
     fitted.fit(Plain(SGD), **loaders())
@@ -161,7 +163,9 @@ def test_the_held_out_loss_may_be_a_function_of_the_user_s(trainer: Any) -> None
         return 2 * module.loss(batch)
 
     def objective(**options: Any) -> float:
-        callback = exact(Unroll(steps=2, objective="naive"), meta_data=held_out(), meta_learning_rate=0, **options)
+        callback = exact(
+            Unroll(steps=2, objective="naive"), meta_data=loader(16, 2, batch_size=16), meta_learning_rate=0, **options
+        )
         trainer(callback, precision="64-true", max_epochs=1).fit(Plain(), **loaders())
         return float(callback.history[0]["meta_objective"])
 
@@ -170,7 +174,7 @@ def test_the_held_out_loss_may_be_a_function_of_the_user_s(trainer: Any) -> None
 
 def test_evolution_strategies_point_where_the_exact_gradient_points(trainer: Any) -> None:
     def gradient(estimator: Any) -> float:
-        callback = exact(estimator, meta_data=held_out(), meta_learning_rate=0)
+        callback = exact(estimator, meta_data=loader(16, 2, batch_size=16), meta_learning_rate=0)
         trainer(callback, precision="64-true", max_epochs=1).fit(Plain(SGD), **loaders())
         return float(callback.history[0]["meta_gradient"]["learning_rate"][0])
 

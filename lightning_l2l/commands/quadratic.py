@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     task, steps = Quadratic.random(options.dim, seed=options.seed, kind="wide"), options.steps
     best, limit = float(task.optimal_step_size(steps)), float(task.stability_limit)
     start = limit / 10 if options.start is None else options.start
+    if not (math.isfinite(start) and start > 0):
+        raise ValueError(f"--start {start} must be positive and finite: its logarithm is learned.")
     exact, gradients = _descend(task, start, steps, options.updates, _closed_form)
     unrolled, others = _descend(task, start, steps, options.updates, _exact_unroll)
     trained, last_loss = _train(task, start, steps, options.unroll_steps)

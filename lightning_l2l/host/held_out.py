@@ -115,7 +115,7 @@ class HeldOut:
         called = "held_out_loss" if self._loss is not None else f"{type(self._module).__name__}.training_step"
         what = "on another process" if error is None else f"{type(error).__name__}: {error}"
         return (
-            f"LearnToLearn called {called} on {self._source} to take a held-out gradient, and that failed ({what}). If such "
+            f"LearnToLearn called {called} on {self._source} to take a gradient, and that failed ({what}). If such "
             "batches are no training batches, pass LearnToLearn(held_out_loss=fn), where fn(module, batch) returns the "
             "loss that counts; or meta_data=loader with batches that training_step takes; or meta_data='train', which "
             "learns from the training gradients alone."

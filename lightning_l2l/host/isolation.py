@@ -76,7 +76,7 @@ def _muted(logger: Any) -> Any:
     }
     silent |= {"save": _ignore, "finalize": _ignore, "after_save_checkpoint": _ignore, "__module__": kind.__module__}
     silent["experiment"] = property(lambda self: _MutedExperiment(kind.experiment.__get__(logger)))
-    muted = object.__new__(type(kind.__name__, (kind,), silent))
+    muted: Any = object.__new__(type(kind.__name__, (kind,), silent))
     muted.__dict__ = vars(logger)
     return muted
 
@@ -94,9 +94,13 @@ def unnoticed(trainer: pl.Trainer, module: nn.Module, seed: int) -> Iterator[Non
     """
     flags = dict(vars(trainer))
     try:
-        with preserved_random_state(seed), preserved_module(module, skip=_OF_LIGHTNING), muted_logging(trainer, module):
-            with torch.enable_grad():
-                yield
+        with (
+            preserved_random_state(seed),
+            preserved_module(module, skip=_OF_LIGHTNING),
+            muted_logging(trainer, module),
+            torch.enable_grad(),
+        ):
+            yield
     finally:
         vars(trainer).clear()
         vars(trainer).update(flags)

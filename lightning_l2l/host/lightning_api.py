@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,15 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-def is_a(value: Any, *names: str) -> bool:
-    """Whether a class of one of these names is among the bases of the value's class."""
-    return any(base.__name__ in names for base in type(value).__mro__)
+def is_a(value: Any, name: str) -> bool:
+    """Whether a class of this name is among the bases of the value's class."""
+    kind: Any = type(value)
+    return name in _base_names(kind)
+
+
+@cache
+def _base_names(kind: Any) -> frozenset[str]:
+    return frozenset(base.__name__ for base in kind.__mro__)
 
 
 def training_step_arguments(module: nn.Module, batch: Any, index: int = 0) -> Mapping[str, Any]:
@@ -200,8 +207,8 @@ def show_last_rates(trainer: pl.Trainer) -> None:
 
 
 def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """What callbacks such as ``WeightAveraging`` and ``StochasticWeightAveraging`` keep as an average of the weights."""
-    found = (getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ()))
+    """What callbacks (``WeightAveraging``, ``StochasticWeightAveraging``) keep as an average of the weights."""
+    found: list[Any] = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ())]
     return [model for model in found if isinstance(getattr(model, "n_averaged", None), torch.Tensor)]
 
 

@@ -79,7 +79,7 @@ def _refuse(trainer: pl.Trainer, module: pl.LightningModule, *, twice: bool) -> 
         if lightning_api.overrides(module, hook) and any("clip_grad" in name for name in getattr(code, "co_names", ())):
             reasons.append(f"{hook} clips gradients in place, out of sight: use the Trainer's gradient_clip_val")
     sharded = any(hasattr(parameter, "to_local") for parameter in module.parameters())
-    if sharded or lightning_api.is_a(trainer.strategy, *_SHARDED):
+    if sharded or any(lightning_api.is_a(trainer.strategy, name) for name in _SHARDED):
         reasons.append(
             f"with {type(trainer.strategy).__name__} no process holds whole parameters: use one device, or "
             "strategy='ddp'"

@@ -60,6 +60,7 @@ class UnrollTuner(Tuner):
         every_n_steps: The same.
         meta_learning_rate: The same.
         initial_search: The same.
+        has_schedule: The same.
         divergence_guard: The same.
         seed: Of what the step draws in an unroll.
     """
@@ -78,18 +79,20 @@ class UnrollTuner(Tuner):
         every_n_steps: int | None,
         meta_learning_rate: float,
         initial_search: bool,
+        has_schedule: bool,
         divergence_guard: bool,
         seed: int,
     ) -> None:
         rule = Rule(
-            len(optimizer.param_groups),
+            1,
+            base_rate=max([float(group["lr"]) for group in optimizer.param_groups if "lr" in group], default=0.0),
             planned_steps=planned_steps,
             every_n_steps=every_n_steps,
             speed=meta_learning_rate,
-            ramps=initial_search,
+            ramps=initial_search and not has_schedule,
             decays=False,
         )
-        super().__init__(optimizer, rule, modules=[module], guard=divergence_guard, seed=seed)
+        super().__init__(optimizer, rule, modules=[module], search=initial_search, guard=divergence_guard, seed=seed)
         assert estimator.steps is not None
         self.estimator = type(estimator).__name__
         self._unroll = estimator
@@ -159,9 +162,9 @@ class UnrollTuner(Tuner):
 
     def learn(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
         """The meta-gradient of an unroll, applied if it is usable."""
-        number, factors = len(self.history), list(self.rule.log_factors)
+        number, start = len(self.history), list(self.rule.log_factors)
         found = super().learn(held_out)
-        self.rule.log_factors[:] = factors  # the displacement is evidence beside, and moves nothing here
+        self.rule.log_factors[:] = start  # the displacement is evidence beside, and moves nothing here
         found |= {"meta_objective": math.nan, "meta_gradient": {}}
         if self.held_out_error is not None:
             self._held_out = None
@@ -185,6 +188,15 @@ class UnrollTuner(Tuner):
         gradients = {name: _entries(gradient) for name, gradient in result.gradients.items()}
         found |= {"meta_objective": float(result.value), "meta_gradient": gradients, "diagnostics": diagnostics}
         return {**found, "hyperparameters": self._learned_values()}
+
+    @property
+    def log_factors(self) -> list[float]:
+        """What the start made of the rate, times what is learned of each group."""
+        return [self.rule.log_factors[0] + offset for offset in self._offsets()]
+
+    def factors(self) -> list[float]:
+        """What the base rate of each group is multiplied by in the next step."""
+        return [factor * math.exp(offset) for factor, offset in zip(super().factors(), self._offsets(), strict=True)]
 
     def values_in_force(self) -> dict[str, float]:
         """Rates, and the other hyperparameters that are learned."""
@@ -258,19 +270,20 @@ class UnrollTuner(Tuner):
         return self._learned, read_state(self.optimizer, self._module.named_parameters())
 
     def _offsets(self) -> list[float]:
-        """The logarithm of what each group's rate is multiplied by: the learned part of ``rule.log_factors``."""
+        """The logarithm of what each group's rate is multiplied by; 0 for a group that has just been added."""
         groups = len(self.optimizer.param_groups)
         found = dict(self._learned.named_parameters()).get("learning_rate")
         if found is None or isinstance(self.optimizer, LearnedTorchOptimizer):
             return [0.0] * groups
-        return found.detach().expand(groups).tolist() if found.numel() == 1 else found.tolist()
+        offsets: list[float] = found.detach().tolist()
+        is_shared = isinstance(self._learned, LearnedHyperparameters) and self._learned.per == "optimizer"
+        return offsets * groups if is_shared else [*offsets, *([0.0] * (groups - len(offsets)))]
 
     def _inner(self) -> InnerOptimizer:
         """The optimizer as a pure function, with the user's own values; rates with what the start made of them."""
         inner, groups = mirror(self.optimizer, self._module.named_parameters()), []
-        offsets = [*self._offsets(), *([0.0] * len(inner.groups))]
+        start = self.rule.factor(self.steps)
         for index, group in enumerate(inner.groups):
-            start = math.exp(self.rule.log_factors[index] - offsets[index])
             given = {k: v for key, value in self._given[index].items() for k, v in _numbers(key, value).items()}
             rate = {"lr": self.rates.base[index] * start}
             groups.append(replace(group, hyperparameters={**group.hyperparameters, **given, **rate}))
@@ -279,7 +292,6 @@ class UnrollTuner(Tuner):
     def _move(self, result: MetaGradient) -> tuple[str, str]:
         """Move the meta-parameters by a usable meta-gradient; what was wrong with another one, and what was done."""
         trouble, note, moves = "", "", not self.rule.only_observes
-        starts = [value - offset for value, offset in zip(self.rule.log_factors, self._offsets(), strict=True)]
         if result.usable and moves:
             in_use = self._functional()[0]  # by the names of the meta-gradient
             self._meta_optimizer.apply(in_use, result.gradients)
@@ -291,7 +303,6 @@ class UnrollTuner(Tuner):
             note += f" It was not applied; the learning rate was {'halved' if halved else 'kept'}."
         if moves:
             self._learned.project_()
-            self.rule.log_factors[:] = [a + b for a, b in zip(starts, self._offsets(), strict=True)]
             self._show_values(force=True)
         return trouble, note
 
@@ -360,9 +371,9 @@ class UnrollTuner(Tuner):
                 "The checkpoint's state of LearnToLearn was saved with another estimator, or something else was "
                 f"learned ({', '.join(shapes) or 'nothing by an unroll'}). Resume with the configuration that wrote it."
             )
-        super().load_state_dict(state)
         if present:
             self._learned.load_state_dict(saved["learned"])
+        super().load_state_dict(state)
         self._given, self._shown = copy.deepcopy(saved["given"]), copy.deepcopy(saved["shown"])
         speed = self._meta_optimizer.param_groups[0]["lr"]
         self._meta_optimizer.load_state_dict(copy.deepcopy(saved["meta_optimizer"]))
