@@ -311,7 +311,7 @@ class LearnToLearn(pl.Callback):
             self._waits_for_data = False
             self._held_out = self._find_held_out(trainer, module)
         held_out = None if self._held_out is None else self._held_out.gradient
-        record = tuner.step(loss, held_out=held_out, compare=self._compare)
+        record = tuner.step(loss, held_out=held_out, compare=self._compare, passes=trainer.current_epoch)
         error, tuner.held_out_error = tuner.held_out_error, None
         if error is not None:
             if self.meta_data != "auto" or self.held_out_loss is not None:

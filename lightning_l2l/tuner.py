@@ -259,6 +259,7 @@ class Tuner:
         *,
         held_out: HeldOutGradient | None = None,
         compare: HeldOutGradient | None = None,
+        passes: float = 0.0,
     ) -> dict[str, Any] | None:
         """To be called after each optimizer step; returns the record of an update, if there was one.
 
@@ -269,6 +270,8 @@ class Tuner:
             held_out: Where held-out gradients come from: :meth:`held_out_gradient` makes one of a function. Without it,
                 the rate is learned from the training gradients alone.
             compare: The same for the guard, which compares two states on the same batch; ``None``: ``held_out``.
+            passes: How often the training has seen its data, where they are finite: without held-out gradients, no rate
+                rises after three passes.
         """
         self._open = False  # if the step raised
         if self.steps == self.seen:
@@ -289,7 +292,7 @@ class Tuner:
             record = self._go_back_if_lost(compare or held_out)
             if record is not None:
                 return record
-        record = self._update(held_out) if due else None
+        record = self._update(held_out, passes) if due else None
         if self.rule.is_decaying or self.rule.is_ramping(self.steps):
             self._apply()
         return record
@@ -345,20 +348,21 @@ class Tuner:
         rows = [numbers[at : at + 4] for at in range(len(losses), len(numbers), 4)]
         return numbers[: len(losses)], [rows[at : at + groups] for at in range(0, len(rows), groups)]
 
-    def _update(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
+    def _update(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
         if self._searches and self.search_result is None and not self.rule.is_ramping(self.steps):
             self.search_result = self._end_of_search()
-        found = self.learn(held_out)
+        found = self.learn(held_out, passes)
         if self._guards and self._snapshot is not None and self._watch.has_improved():
             self._snapshot.take()
         self._apply()
         return self._record({"training_loss": self._watch.mean, **found})
 
-    def learn(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
+    def learn(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
         """What an update learns: gather the evidence, and move the learned factors by it.
 
         Args:
             held_out: Where held-out gradients come from.
+            passes: How often the training has seen its data.
 
         Returns:
             The evidence, for the record.
@@ -374,7 +378,7 @@ class Tuner:
             except HeldOutError as error:
                 self.held_out_error = error
         evidence = [self.rule.evidence(unit) for unit in self._units]
-        self.rule.update(self.steps, max(self.rates.base, default=0.0), held_out_cosines)
+        self.rule.update(self.steps, max(self.rates.base, default=0.0), held_out_cosines, passes)
         return {
             "held_out_loss": held_out_loss,
             "cosine": [mean for mean, _ in evidence],

@@ -144,6 +144,7 @@ class UnrollTuner(Tuner):
         *,
         held_out: HeldOutGradient | None = None,
         compare: HeldOutGradient | None = None,
+        passes: float = 0.0,
     ) -> dict[str, Any] | None:
         """As :meth:`Tuner.step`; the first one tries whether the user's step can be unrolled.
 
@@ -155,15 +156,15 @@ class UnrollTuner(Tuner):
             self._is_rehearsed = True
             self._rehearse()
         rollbacks = self.rollbacks
-        record = super().step(loss, held_out=held_out, compare=compare)
+        record = super().step(loss, held_out=held_out, compare=compare, passes=passes)
         if self.rollbacks > rollbacks:
             self._meta_optimizer.state.clear()  # what it remembers was seen elsewhere
         return record
 
-    def learn(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
+    def learn(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
         """The meta-gradient of an unroll, applied if it is usable."""
         number, start = len(self.history), list(self.rule.log_factors)
-        found = super().learn(held_out)
+        found = super().learn(held_out, passes)
         self.rule.log_factors[:] = start  # the displacement is evidence beside, and moves nothing here
         found |= {"meta_objective": math.nan, "meta_gradient": {}}
         if self.held_out_error is not None:
