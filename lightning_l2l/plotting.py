@@ -28,8 +28,12 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#56B4E9", "linestyle": (0, (3, 3))},
 )
 
-# Of a record's signals, those that are drawn; docs, "reading the signals".
-_SIGNALS = ("signal_to_noise", "agreement", "excess_growth")
+# What is drawn below the rates: label of the axis, and the values of a record with the labels of their lines.
+_PANELS = {
+    "cosine": {"cosine": "training gradients", "held_out_cosine": "held-out gradients"},
+    "meta-objective": {"meta_objective": "meta-objective"},
+    "loss": {"training_loss": "training", "held_out_loss": "held-out"},
+}
 
 # Beyond this many lines nobody reads a legend: the middle of them and their range are drawn instead.
 _MOST_LINES = len(STYLES)
@@ -72,15 +76,15 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 4.3, height: f
 
 
 def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
-    """The learning rates and the meta-objective of a run, over its training steps.
+    """The learning rates of a run, and the evidence that moved them, over its training steps.
 
-    A cross at the bottom marks a meta-update without a gradient to apply (``diagnostics["note"]`` says why): a loss had
-    diverged or left the number range, the training was taken back, a batch was skipped. Below are the
-    signals (docs, "reading the signals"), once there are any. What cannot be drawn, such as an infinite objective, is
-    left out.
+    Below the rates are the cosines of gradient and displacement (below zero is progress, above it the steps overshoot)
+    or, with an exact estimator, its meta-objective; and the losses. A cross at the bottom marks where the training was
+    taken back, or where there was no gradient to apply; ``diagnostics["note"]`` says why. What cannot be drawn, such as
+    an infinite objective, is left out.
 
     Args:
-        history: :attr:`LearnToLearn.history`, one record for each meta-update.
+        history: :attr:`LearnToLearn.history`, one record for each update.
         path: Where to write the figure as well; the suffix decides the format.
 
     Returns:
@@ -88,44 +92,39 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: No meta-update has happened yet.
+        ValueError: There has been no update yet.
 
     Example:
-        >>> record = {"step": 20, "learning_rates": [0.1], "meta_objective": -0.4, "diagnostics": {"trouble": ""}}
+        >>> record = {"step": 20, "learning_rates": [0.1], "cosine": [-0.4], "diagnostics": {"trouble": ""}}
         >>> figure = plot_history([record, {**record, "step": 40, "learning_rates": [0.13]}])
         >>> [axis.get_ylabel() for axis in figure.axes]
-        ['learning rate', 'meta-objective']
+        ['learning rate', 'cosine']
     """
     if not history:
         raise ValueError(
-            "There is nothing to plot: the history is empty, since no meta-update has happened. Fit first; with "
+            "There is nothing to plot: the history is empty, since there has been no update yet. Fit first; with "
             "meta_learning_rate=0 the callback observes without changing anything."
         )
-    has_signals = any(map(math.isfinite, [value for record in history for value in record.get("signals", {}).values()]))
-    figure, axes = new_figure(3 if has_signals else 2, width=6.5, height=2.3)
-    rates, objective, *rest = axes[:, 0]
+    panels = [(label, lines) for label, names in _PANELS.items() if (lines := _lines(history, names))]
+    figure, axes = new_figure(1 + len(panels), width=6.5, height=2.3)
+    rates, *others = axes[:, 0]
     steps = [record["step"] for record in history]
     _draw_rates(rates, steps, [record["learning_rates"] for record in history])
-    objective.plot(steps, [_drawable(record["meta_objective"]) for record in history], marker=".", **STYLES[0])
-    refused = [record["step"] for record in history if _refused(record)]
-    for axis in (rates, objective):
-        axis.sharex(rates)
-        if refused:
-            axis.plot(
-                refused,
-                [0.03] * len(refused),
-                transform=axis.get_xaxis_transform(),
-                linestyle="none",
-                marker="x",
-                color="black",
-                label="no gradient applied",
-            )
     rates.set(ylabel="learning rate", yscale="log")
-    objective.set(ylabel="meta-objective")
-    for axis in rest:
-        axis.sharex(rates)
-        _draw_signals(axis, steps, history)
+    for axis, (label, lines) in zip(others, panels, strict=True):
+        for style, (name, values) in zip(STYLES, lines.items(), strict=False):
+            axis.plot(steps, values, marker=".", label=name, **style)
+        axis.set(ylabel=label)
+        if label == "cosine":
+            axis.axhline(0.0, color="black", linewidth=0.5)
+        if len(lines) > 1:
+            axis.legend(frameon=False, fontsize="small")
+    troubled = [record["step"] for record in history if record["diagnostics"]["trouble"]]
+    if troubled:
+        at_the_bottom = {"transform": rates.get_xaxis_transform(), "label": "taken back, or no gradient applied"}
+        rates.plot(troubled, [0.03] * len(troubled), linestyle="none", marker="x", color="black", **at_the_bottom)
     for axis in axes[:-1, 0]:
+        axis.sharex(axes[-1, 0])
         axis.tick_params(labelbottom=False)
     axes[-1, 0].set(xlabel="training step")
     if len(rates.get_legend_handles_labels()[1]) > 0:
@@ -133,6 +132,17 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def _lines(history: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, list[float]]:
+    """By its label, each value that some record has; of one for each parameter group, the first."""
+    found = {}
+    for key, label in names.items():
+        values = [record.get(key, math.nan) for record in history]
+        numbers = [_drawable((value or [math.nan])[0] if isinstance(value, list) else value) for value in values]
+        if any(map(math.isfinite, numbers)):
+            found[label] = numbers
+    return found
 
 
 def _draw_rates(axis: Axes, steps: list[int], rates: list[list[float]]) -> None:
@@ -149,20 +159,6 @@ def _draw_rates(axis: Axes, steps: list[int], rates: list[list[float]]) -> None:
     for which, line in enumerate(lines):
         label = f"group {which}" if count > 1 else None
         axis.plot(steps, line, marker=".", label=label, **STYLES[which])
-
-
-def _draw_signals(axis: Axes, steps: list[int], history: Sequence[Mapping[str, Any]]) -> None:
-    for style, name in zip(STYLES, _SIGNALS, strict=False):
-        values = [_drawable(record.get("signals", {}).get(name, math.nan)) for record in history]
-        if any(map(math.isfinite, values)):  # the growth of a tangent is known to some estimators only
-            axis.plot(steps, values, marker=".", label=name.replace("_", " "), **style)
-    axis.axhline(0.0, color="black", linewidth=0.5)
-    axis.set(ylabel="signals")
-    axis.legend(frameon=False, fontsize="small")
-
-
-def _refused(record: Mapping[str, Any]) -> bool:
-    return bool(record["diagnostics"]["trouble"])
 
 
 def _drawable(value: float) -> float:
