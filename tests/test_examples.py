@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -128,35 +127,6 @@ def test_diagnostics_explain_a_refused_gradient(capsys: pytest.CaptureFixture[st
     assert (tmp_path / "diagnostics.png").stat().st_size > 10_000
 
 
-QUIET = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--config", str(EXAMPLES / "digits.yaml")], {"every_n_steps": 20}),
-        (
-            ["--config", str(EXAMPLES / "digits.yaml"), "--trainer.callbacks.init_args.every_n_steps=10"],
-            {"every_n_steps": 10, "objective": "log"},
-        ),
-        (
-            ["--trainer.callbacks=lightning_l2l.LearnToLearn", "--trainer.callbacks.objective=naive"],
-            {"every_n_steps": 20, "objective": "naive"},
-        ),
-    ],
-    ids=["yaml", "yaml and an option", "options alone"],
-)
-def test_command_line_configures_the_callback(arguments: list[str], expected: dict[str, Any]) -> None:
-    pytest.importorskip("jsonargparse")
-    from lightning_l2l import LearnToLearn
-
-    cli = load("digits_cli").main(["fit", *arguments, *QUIET, "--trainer.max_epochs=2", "--trainer.accelerator=cpu"])
-    (callback,) = (found for found in cli.trainer.callbacks if isinstance(found, LearnToLearn))
-    assert {name: getattr(callback.settings, name) for name in expected} == expected
-    assert callback.history
-    assert Path("digits_cli.png").stat().st_size > 10_000
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "digits_cli"])
 def test_example_runs_to_its_end_without_quick_too(name: str) -> None:
@@ -165,7 +135,5 @@ def test_example_runs_to_its_end_without_quick_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_example_is_short_and_explains_itself(name: str) -> None:
-    source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 100
-    assert f"python examples/{name}.py" in source.split('"""')[1]
+def test_example_says_how_to_run_it(name: str) -> None:
+    assert f"python examples/{name}.py" in (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]

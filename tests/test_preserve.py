@@ -116,7 +116,9 @@ def content(module: nn.Module) -> Any:
             return [plain(item) for item in value]
         return copy.copy(value) if isinstance(value, (set, np.ndarray, int, float, str, bool)) else None
 
-    found = {f"{name}.{key}": plain(v) for name, m in module.named_modules() for key, v in vars(m).items() if key[0] != "_"}
+    found = {
+        f"{name}.{key}": plain(v) for name, m in module.named_modules() for key, v in vars(m).items() if key[0] != "_"
+    }
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     grads = {name: plain(p.grad) for name, p in module.named_parameters() if p.grad is not None}
     state = {name: value.clone() for name, value in module.state_dict().items()}
@@ -148,7 +150,9 @@ def test_everything_that_a_step_touches_is_put_back(trainer: Any, fails: bool) -
                 if fails:
                     raise KeyError
         assert difference(before, content(module)) == ""
-        assert all(vars(module)[key] is value for key, value in objects.items()) and vars(module).keys() == objects.keys()
+        assert (
+            all(vars(module)[key] is value for key, value in objects.items()) and vars(module).keys() == objects.keys()
+        )
         assert all(vars(fitted)[key] is value for key, value in flags.items()) and vars(fitted).keys() == flags.keys()
         assert difference(states, (torch.get_rng_state(), np.random.get_state()[1], random.getstate())) == ""
         assert module.child.training and logger.rows == []
