@@ -108,6 +108,7 @@ class LearnToLearn(pl.Callback):
         self._held_out: HeldOut | None = None
         self._compare: HeldOutGradient | None = None
         self._batch: Any = None
+        self._waits_for_data = False
         self._cleanup = ExitStack()
         self._reset()
 
@@ -127,7 +128,7 @@ class LearnToLearn(pl.Callback):
         """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
         if stage != "fit":
             return
-        if trainer.global_step > 0 and self._model() is not pl_module:
+        if trainer.global_step == 0 or self._model() is not pl_module:
             self._reset()
         lightning_api.refuse_several(trainer, LearnToLearn)
 
@@ -140,7 +141,9 @@ class LearnToLearn(pl.Callback):
         saved = self._saved if self._model() in (None, pl_module) else {}
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
-        self._held_out = self._find_held_out(trainer, pl_module)
+        # By default held-out data are asked from the second pass on, and looked for then.
+        self._waits_for_data = self.meta_data == "auto" and self.held_out_loss is None
+        self._held_out = None if self._waits_for_data else self._find_held_out(trainer, pl_module)
         self._compare = None
         if not lightning_api.is_manual(pl_module) and not lightning_api.takes_iterator(pl_module):
             same = HeldOut(trainer, pl_module, lambda _: self._batch, source="the last training batch", seed=self.seed)
@@ -155,16 +158,15 @@ class LearnToLearn(pl.Callback):
         self._show_rates()
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
-        alone = len(lightning_api.real_optimizers(trainer)) == 1
         manual = lightning_api.is_manual(module)
         return self.estimator.attach(
             optimizer,
-            # How often training_step steps by hand is not known, and losses of players are no measure of each other.
+            # How often training_step steps by hand is not known, and what its losses say of each optimizer neither.
             planned_steps=math.inf if manual else lightning_api.planned_steps(trainer),
             every_n_steps=self.every_n_steps,
             meta_learning_rate=self.meta_learning_rate,
             initial_search=self.initial_search,
-            divergence_guard=self.divergence_guard and alone,
+            divergence_guard=self.divergence_guard and not manual,
             has_schedule=lightning_api.has_schedule(trainer),
             modules=[module],
             seed=self.seed,
@@ -258,12 +260,11 @@ class LearnToLearn(pl.Callback):
     ) -> dict[str, Any] | None:
         self._batch = batch
         # In the first pass over the data every training gradient is a held-out gradient.
-        is_new = self.meta_data == "auto" and self.held_out_loss is None and trainer.current_epoch == 0
-        record = tuner.step(
-            loss,
-            held_out=None if self._held_out is None or is_new else self._held_out.gradient,
-            compare=self._compare,
-        )
+        if self._waits_for_data and trainer.current_epoch > 0:
+            self._waits_for_data = False
+            self._held_out = self._find_held_out(trainer, module)
+        held_out = None if self._held_out is None else self._held_out.gradient
+        record = tuner.step(loss, held_out=held_out, compare=self._compare)
         error, tuner.held_out_error = tuner.held_out_error, None
         if error is not None:
             if self.meta_data != "auto" or self.held_out_loss is not None:

@@ -123,7 +123,7 @@ class Displacement:
             ramps=initial_search and not has_schedule,
             decays=self.final_decay and not has_schedule,
         )
-        return Tuner(optimizer, rule, modules=modules, guard=divergence_guard, seed=seed)
+        return Tuner(optimizer, rule, modules=modules, search=initial_search, guard=divergence_guard, seed=seed)
 
 
 class Tuner:
@@ -136,6 +136,7 @@ class Tuner:
         optimizer: Any optimizer that moves its parameters in proportion to ``group["lr"]``.
         rule: When and how rates move.
         modules: Modules whose buffers are taken along by the guard, and put back after a held-out gradient.
+        search: Whether to say what the first steps made of the rate.
         guard: Whether to take a lost run back.
         seed: Of what a held-out loss draws.
 
@@ -154,6 +155,7 @@ class Tuner:
         rule: Rule,
         *,
         modules: Iterable[nn.Module] = (),
+        search: bool = True,
         guard: bool = True,
         seed: int = 0,
     ) -> None:
@@ -168,6 +170,7 @@ class Tuner:
         self.rollbacks = 0
         self._modules = list(modules)
         self._seed = seed
+        self._searches = search and not rule.only_observes
         self._guards = guard and not rule.only_observes
         self.applied = AppliedRecord()
         self._watch = LossWatch(rule.planned_steps)
@@ -329,7 +332,7 @@ class Tuner:
             except HeldOutError as error:
                 self.held_out_error = error
         evidence = [self.rule.evidence(unit) for unit in self._units]
-        if self.search_result is None and self.rule.ramps and not self.rule.is_ramping(self.steps):
+        if self._searches and self.search_result is None and not self.rule.is_ramping(self.steps):
             self.search_result = self._end_of_search()
         self.rule.update(self.steps, max(self.rates.base, default=0.0), held_out_cosines)
         if self._guards and self._snapshot is not None and self._watch.has_improved():
@@ -348,6 +351,8 @@ class Tuner:
     def _end_of_search(self) -> SearchResult:
         steps, factor = self.rule.ramp_steps, math.exp(self.rule.log_factors[0])
         rate = self.rates.base[0] * factor
+        if not self.rule.ramps:
+            return SearchResult(rate, 0, "a schedule is a plan, so the rate is where it says")
         if steps == 0:
             return SearchResult(rate, 0, "the given rate moves the weights, so it stays")
         return SearchResult(rate, steps, f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}")
@@ -391,8 +396,11 @@ class Tuner:
         return self._record({}, "rolled_back", note)
 
     def _loss(self, compare: HeldOutGradient, number: int, before: Callable[[], None] | None) -> float:
-        with compare(len(self.history) + number, before) as loss:
-            return self._sign * float(loss)
+        try:
+            with compare(len(self.history) + number, before) as loss:
+                return self._sign * float(loss)
+        except HeldOutError:  # a step may refuse weights that have diverged
+            return math.nan
 
     def held_out_gradient(self, loss: Callable[[], Tensor]) -> HeldOutGradient:
         """Held-out gradients of a function, for loops of plain PyTorch.
