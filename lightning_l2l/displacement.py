@@ -40,7 +40,7 @@ _PEAK = 0.9  # of its largest value: a schedule below it is coming down, which i
 _DECAY_AT, _PROGRESS = 0.85, -0.02  # a cosine below _PROGRESS: the training gets on, and the rate does not decay
 _STILL, _RAMP, _RAMP_STEPS, _UNANIMOUS = 5e-4, 2.0, 60, -0.1
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
-_HELD_OUT_MEMORY = 0.6
+_HELD_OUT_MEMORY, _FEW_PASSES = 0.6, 3
 
 _STATE = (
     "log_factors", "ramp_steps", "_floor", "_ceilings", "_sums", "_held_out", "_peak", "_scheduled", "_decay_from",
@@ -274,7 +274,7 @@ class Rule:
         mean = total / count
         return mean, math.sqrt(max(0.0, squares / count - mean**2) / count) if count >= 3 else 1.0
 
-    def update(self, step: int, scheduled: float, held_out: Sequence[float] = ()) -> None:
+    def update(self, step: int, scheduled: float, held_out: Sequence[float] = (), passes: float = 0.0) -> None:
         """Move the factors by what was seen since the last update.
 
         Args:
@@ -282,6 +282,8 @@ class Rule:
             scheduled: The present base rate, in any unit.
             held_out: The cosine of each unit's held-out gradient, where there is one. Where that is larger than the
                 training gradients', it is what counts: the network is learning its training data by heart.
+            passes: How often the training has seen its data. Without held-out gradients nothing rises after a few
+                passes, since a network that learns its data by heart has unanimous training gradients, too.
         """
         # A warm-up is a plan, and a schedule that comes down makes the gradients unanimous again.
         is_level = self._scheduled >= scheduled >= _PEAK * self._peak
@@ -294,6 +296,8 @@ class Rule:
             if held_out and not math.isnan(held_out[unit]):
                 self._held_out[unit] += (1 - _HELD_OUT_MEMORY) * (held_out[unit] - self._held_out[unit])
                 mean = max(mean, self._held_out[unit])
+            elif passes > _FEW_PASSES:
+                mean = max(mean, -_MARGIN)
             means.append(mean)
             if math.isnan(mean) or not is_level or self._decay_from < math.inf:
                 continue

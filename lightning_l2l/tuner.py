@@ -147,7 +147,11 @@ class Tuner:
         search_result: What the first steps changed, once they are over; ``None`` where nothing is looked for.
         seen: Optimizer steps when :meth:`step` was last called.
         held_out_error: What the last held-out gradient failed with: the update went on with the training gradients.
+        rollbacks: How often the run was taken back.
+        estimator: What the evidence is, in the records.
     """
+
+    estimator = "displacement"
 
     def __init__(
         self,
@@ -209,7 +213,7 @@ class Tuner:
 
     def _before_step(self) -> None:
         self.rates.before_step()
-        self.applied.note(self.steps, dict(zip(self._columns(), self.rates.applied, strict=True)))
+        self.applied.note(self.steps, self.values_in_force())
         if self._guards and self._snapshot is None:
             self._snapshot = Snapshot(self._modules, self.optimizer)
         if self.rule.samples(self.steps):
@@ -228,13 +232,21 @@ class Tuner:
         if self.rule.samples(self.steps - 1):
             self.average.fold(self.steps)
 
-    def _columns(self) -> list[str]:
-        """The name of each group's rate in an exported schedule."""
+    def values_in_force(self) -> dict[str, float]:
+        """What the next step uses, by the name of the column in an exported schedule."""
+        return dict(zip(self.columns("lr"), self.rates.applied, strict=True))
+
+    def columns(self, key: str) -> list[str]:
+        """The name of each group's hyperparameter in an exported schedule.
+
+        Args:
+            key: The hyperparameter's key in the groups.
+        """
         groups = self.optimizer.param_groups
         if len(groups) == 1:
-            return ["lr"]
+            return [key]
         labels = [str(group.get("name", index)) for index, group in enumerate(groups)]
-        return [f"lr/{label if len(set(labels)) == len(labels) else index}" for index, label in enumerate(labels)]
+        return [f"{key}/{label if len(set(labels)) == len(labels) else index}" for index, label in enumerate(labels)]
 
     def _measure(self) -> Tensor:
         return torch.stack([self.average.measure(group) for group in range(len(self.optimizer.param_groups))])
@@ -247,6 +259,7 @@ class Tuner:
         *,
         held_out: HeldOutGradient | None = None,
         compare: HeldOutGradient | None = None,
+        passes: float = 0.0,
     ) -> dict[str, Any] | None:
         """To be called after each optimizer step; returns the record of an update, if there was one.
 
@@ -257,6 +270,8 @@ class Tuner:
             held_out: Where held-out gradients come from: :meth:`held_out_gradient` makes one of a function. Without it,
                 the rate is learned from the training gradients alone.
             compare: The same for the guard, which compares two states on the same batch; ``None``: ``held_out``.
+            passes: How often the training has seen its data, where they are finite: without held-out gradients, no rate
+                rises after three passes.
         """
         self._open = False  # if the step raised
         if self.steps == self.seen:
@@ -265,7 +280,7 @@ class Tuner:
         if loss is not None:
             value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
             self._losses.append(self._sign * value.reshape(()))
-        due = self.rule.is_due(self.steps)
+        due = self.is_due()
         if not (due or self._reads_now()):
             return None
         losses, measured = self._read()
@@ -277,10 +292,24 @@ class Tuner:
             record = self._go_back_if_lost(compare or held_out)
             if record is not None:
                 return record
-        record = self._update(held_out) if due else None
+        record = self._update(held_out, passes) if due else None
         if self.rule.is_decaying or self.rule.is_ramping(self.steps):
             self._apply()
         return record
+
+    def is_due(self) -> bool:
+        """Whether an update follows the last step."""
+        return self.rule.is_due(self.steps)
+
+    @property
+    def log_factors(self) -> list[float]:
+        """The logarithms of the learned factors: one for the optimizer, or one for each parameter group."""
+        return self.rule.log_factors
+
+    def factors(self) -> list[float]:
+        """What the base rate of each group is multiplied by in the next step."""
+        groups = range(len(self.optimizer.param_groups))
+        return [self.rule.factor(self.steps, min(group, len(self._units) - 1)) for group in groups]
 
     @property
     def _units(self) -> range:
@@ -291,8 +320,7 @@ class Tuner:
         return sums[unit] if len(self._units) > 1 else [sum(column) for column in zip(*sums, strict=True)]
 
     def _apply(self) -> None:
-        groups = range(len(self.optimizer.param_groups))
-        self.rates.apply([self.rule.factor(self.steps, min(group, len(self._units) - 1)) for group in groups])
+        self.rates.apply(self.factors())
 
     @property
     def _sign(self) -> float:
@@ -320,7 +348,25 @@ class Tuner:
         rows = [numbers[at : at + 4] for at in range(len(losses), len(numbers), 4)]
         return numbers[: len(losses)], [rows[at : at + groups] for at in range(0, len(rows), groups)]
 
-    def _update(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
+    def _update(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
+        if self._searches and self.search_result is None and not self.rule.is_ramping(self.steps):
+            self.search_result = self._end_of_search()
+        found = self.learn(held_out, passes)
+        if self._guards and self._snapshot is not None and self._watch.has_improved():
+            self._snapshot.take()
+        self._apply()
+        return self._record({"training_loss": self._watch.mean, **found})
+
+    def learn(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
+        """What an update learns: gather the evidence, and move the learned factors by it.
+
+        Args:
+            held_out: Where held-out gradients come from.
+            passes: How often the training has seen its data.
+
+        Returns:
+            The evidence, for the record.
+        """
         held_out_loss, held_out_cosines = math.nan, []
         if held_out is not None:
             try:
@@ -332,21 +378,13 @@ class Tuner:
             except HeldOutError as error:
                 self.held_out_error = error
         evidence = [self.rule.evidence(unit) for unit in self._units]
-        if self._searches and self.search_result is None and not self.rule.is_ramping(self.steps):
-            self.search_result = self._end_of_search()
-        self.rule.update(self.steps, max(self.rates.base, default=0.0), held_out_cosines)
-        if self._guards and self._snapshot is not None and self._watch.has_improved():
-            self._snapshot.take()
-        self._apply()
-        return self._record(
-            {
-                "training_loss": self._watch.mean,
-                "held_out_loss": held_out_loss,
-                "cosine": [mean for mean, _ in evidence],
-                "cosine_error": [error for _, error in evidence],
-                "held_out_cosine": held_out_cosines,
-            }
-        )
+        self.rule.update(self.steps, max(self.rates.base, default=0.0), held_out_cosines, passes)
+        return {
+            "held_out_loss": held_out_loss,
+            "cosine": [mean for mean, _ in evidence],
+            "cosine_error": [error for _, error in evidence],
+            "held_out_cosine": held_out_cosines,
+        }
 
     def _end_of_search(self) -> SearchResult:
         steps, factor = self.rule.ramp_steps, math.exp(self.rule.log_factors[0])
@@ -358,12 +396,13 @@ class Tuner:
         return SearchResult(rate, steps, f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}")
 
     def _record(self, found: dict[str, Any], trouble: str = "", note: str = "") -> dict[str, Any]:
+        diagnostics = found.pop("diagnostics", {})
         record: dict[str, Any] = {
             "step": self.steps,
             "learning_rates": self.rates.applied,
             "base_rates": self.rates.base,
             **found,
-            "diagnostics": {"trouble": trouble, "note": note, "estimator": "displacement"},
+            "diagnostics": {"trouble": trouble, "note": note, "estimator": self.estimator, **diagnostics},
         }
         self.history.append(record)
         return record

@@ -133,7 +133,6 @@ def _train(
     callback = lightning_l2l.LearnToLearn(
         lightning_l2l.Unroll(steps=unroll_steps, objective="log"),
         every_n_steps=2,
-        meta_data="train",
         initial_search=False,
     )
     rates, module = _Rates(task, unroll_steps), lightning_l2l.TaskModule(task, learning_rate=start)
