@@ -161,14 +161,6 @@ class FewPasses(Rule):
         return float(t * self.passes <= self.most * self.steps)
 
 
-@dataclass
-class Both(HeldOut):
-    """The held-out cosine counts, and after ten passes nothing rises."""
-
-    def may_rise(self, t: int) -> float:
-        return float(t * self.passes <= 10 * self.steps)
-
-
 class Old(LeaveAlone):
     """The default before: held-out gradients, memory of 100 steps, an update every 20, without search and guard."""
 
@@ -231,4 +223,4 @@ class Greedy(LeaveAlone):
         self.good, self.bad = torch.where(up, 0.0, self.good), torch.where(down, 0.0, self.bad)
 
 
-RULES = {"held": HeldOut, "few": FewPasses, "both": Both, "greedy": Greedy, "rule-unknown-length": UnknownLength, "none": LeaveAlone, "old": Old, "rule": Rule}
+RULES = {"held": HeldOut, "few": FewPasses, "greedy": Greedy, "rule-unknown-length": UnknownLength, "none": LeaveAlone, "old": Old, "rule": Rule}
