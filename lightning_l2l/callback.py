@@ -297,7 +297,7 @@ class LearnToLearn(pl.Callback):
             suffix = f"/optimizer_{number}" if len(optimizers) > 1 else ""
             found = {f"l2l/{name}{suffix}": value for name, value in values.items()}
             for kind in ("cosine", "held_out_cosine"):
-                names = reporting.names_of(kind, [optimizers[number]])
+                names = reporting.names_of(kind, optimizers)[sum(len(o.param_groups) for o in optimizers[:number]) :]
                 found |= dict(zip(names, record.get(kind, []), strict=False))
             reporting.log(trainer, module, found)
 

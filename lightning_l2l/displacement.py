@@ -209,6 +209,12 @@ class Rule:
         self._last, self._next = 0, float(every_n_steps or _FIRST_UPDATE)
         self._origin = 0
 
+    def resize(self, groups: int) -> None:
+        """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
+        for values, new in ((self.log_factors, 0.0), (self._ceilings, math.inf), (self._peaks, 0.0)):
+            values[groups:] = [new] * (groups - len(values))
+        self._sums[groups:] = [[0.0, 0.0, 0.0] for _ in range(groups - len(self._sums))]
+
     def samples(self, step: int) -> bool:
         """Whether to measure the cosine before the step after so many, and to fold the weights into the average."""
         return step % max(1, step // _SAMPLES) == 0
