@@ -115,10 +115,16 @@ class LearnToLearn(pl.Callback):
         self.learning_rates: list[float] = []
         self.search_result: SearchResult | None = None
         self._saved: dict[str, Any] = {}  # what the next fit goes on from
-        self._model: Callable[[], Any] = lambda: None
+        self._model: weakref.ref[pl.LightningModule] | None = None  # that of the last fit
         self._said: set[str] = set()
         self._logged: tuple[int, list[float]] | None = None
         self._losses: list[torch.Tensor] = []
+
+    def _knows(self, module: pl.LightningModule) -> bool:
+        return self._model is not None and self._model() is module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}  # a weak reference cannot be pickled (ddp_spawn)
 
     # Hooks of the Trainer, in the order in which they are called.
 
@@ -126,7 +132,7 @@ class LearnToLearn(pl.Callback):
         """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
         if stage != "fit":
             return
-        if trainer.global_step > 0 and self._model() is not pl_module:
+        if trainer.global_step > 0 and not self._knows(pl_module):
             self._reset()
         lightning_api.refuse_several(trainer, LearnToLearn)
 
@@ -136,8 +142,7 @@ class LearnToLearn(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers, restored or fresh."""
-        same = self._model() is pl_module or self._model() is None
-        saved = self._saved if same else {}
+        saved = self._saved if self._model is None or self._knows(pl_module) else {}
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
         self._held_out = self._find_held_out(trainer, pl_module)
@@ -153,6 +158,12 @@ class LearnToLearn(pl.Callback):
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
         alone = len(lightning_api.real_optimizers(trainer)) == 1
         manual = lightning_api.is_manual(module)
+        if manual and not alone:
+            self._say(
+                "players",
+                "several optimizers are stepped by hand, so each is taken for a player of a game: its rate is raised only "
+                "where it hardly moves the weights.",
+            )
         return self.estimator.attach(
             optimizer,
             # How often training_step steps by hand is not known, and losses of players are no measure of each other.
@@ -162,6 +173,7 @@ class LearnToLearn(pl.Callback):
             initial_search=self.initial_search,
             divergence_guard=self.divergence_guard and alone,
             has_schedule=lightning_api.has_schedule(trainer),
+            is_player=manual and not alone,
             modules=[module],
             seed=self.seed,
         )

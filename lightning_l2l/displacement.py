@@ -181,6 +181,8 @@ class Rule:
         speed: A multiple of the usual speed; 0 only observes.
         ramps: Whether a rate that is far too small rises in the first steps already.
         decays: Whether the rate may fall to zero at the end.
+        plays: Whether this is one player of a game, whose steps count against those of others. It may go on for ever in
+            one direction without progress, so there only a rate that is far too small rises.
     """
 
     def __init__(
@@ -192,6 +194,7 @@ class Rule:
         speed: float,
         ramps: bool,
         decays: bool,
+        plays: bool = False,
     ) -> None:
         self.only_observes = speed == 0
         self.log_factors = [0.0] * groups
@@ -201,6 +204,7 @@ class Rule:
         self._speed = speed * _SPEED
         self.ramps = ramps and speed > 0
         self._decays = decays and speed > 0
+        self._plays = plays
         self._floor = 0.0
         self._ceilings = [math.inf] * groups
         self._peaks = [0.0] * groups
@@ -262,6 +266,8 @@ class Rule:
                 continue
             rise = min(1.0, max(0.0, (-margin - mean - error) / _FULL))
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
+            if self._plays:
+                rise = 0.0
             before = self.log_factors[index]
             moved = before + self._speed * span * (rise - fall)
             # Never below what the user gave: noise is what the end of the training takes away.

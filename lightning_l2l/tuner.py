@@ -84,6 +84,7 @@ class Displacement:
         initial_search: bool = True,
         divergence_guard: bool = True,
         has_schedule: bool = False,
+        is_player: bool = False,
         modules: Iterable[nn.Module] = (),
         seed: int = 0,
     ) -> Tuner:
@@ -100,6 +101,8 @@ class Displacement:
             initial_search: Whether a rate that hardly moves the weights rises in the first steps already.
             divergence_guard: Whether a lost run is taken back.
             has_schedule: Whether a scheduler moves the rate, too.
+            is_player: Whether it is one of several whose losses work against each other (GANs): then a rate rises only
+                where it hardly moves the weights, since progress against another player is no progress by itself.
             modules: The modules that are trained, for the guard's snapshot.
             seed: Of what is drawn.
 
@@ -117,6 +120,7 @@ class Displacement:
             speed=0.0 if reason else meta_learning_rate,
             ramps=initial_search,
             decays=self.final_decay and not has_schedule,
+            plays=is_player,
         )
         return Tuner(optimizer, rule, modules=modules, guard=divergence_guard, seed=seed)
 

@@ -58,7 +58,7 @@ def fit(make: Callable[[], Any] | pl.LightningModule, *callbacks: pl.Callback, *
     module = make if isinstance(make, pl.LightningModule) else make()
     torch.manual_seed(1)
     trainer = pl.Trainer(**{**QUIET, "callbacks": list(callbacks), **options})
-    trainer.fit(module, train, val if is_overridden("validation_step", module) else None)
+    trainer.fit(module, train, val if val is None or is_overridden("validation_step", module) else None)
     return trainer
 
 

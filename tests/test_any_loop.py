@@ -76,7 +76,7 @@ class Rows(Logger):
 
 
 @pytest.mark.feature("manual optimization: GANs, reinforcement learning", "training gradients", topic="loop")
-@pytest.mark.feature("several optimizers", "training gradients", "rates of their own for each", topic="optimizer")
+@pytest.mark.feature("several optimizers", "training gradients", "a rate for each; in manual optimization raised only where it is far too small", topic="optimizer")
 def test_players_of_a_gan_each_have_rates_a_history_and_names_of_their_own() -> None:
     callback, rows = LearnToLearn(), Rows()
     fit(lambda: Gan((1e-6, 1e-3)), callback, max_epochs=20, logger=rows)
@@ -89,6 +89,13 @@ def test_players_of_a_gan_each_have_rates_a_history_and_names_of_their_own() -> 
     assert {"l2l/learning_rate/optimizer_0", "l2l/learning_rate/optimizer_1"} <= names
     assert {"l2l/cosine/optimizer_0", "l2l/cosine/optimizer_1"} <= names
     assert callback.export_schedule(optimizer=1).columns == ("lr",)
+
+
+def test_progress_against_another_player_does_not_raise_a_rate_that_moves_the_weights() -> None:
+    callback = LearnToLearn()
+    learned = fit(Gan, callback, max_epochs=20)
+    assert callback.learning_rates == [1e-3, 1e-3]
+    assert same_state(learned, fit(Gan, max_epochs=20))
 
 
 def test_watching_leaves_a_gan_as_it_is() -> None:

@@ -1,0 +1,81 @@
+"""What the tests of sharded and hooked runs run in each process. Everything here has to be found by name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from any_module import Regression, batches, examples
+from conftest import QUIET
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.utils.data import DataLoader
+
+from lightning_l2l import LearnToLearn
+
+
+class Transformer(Regression):
+    """An encoder layer over eight tokens; sharded where the strategy has a mesh."""
+
+    def __init__(self, rate: float = 1e-6) -> None:
+        super().__init__(lambda parameters: torch.optim.AdamW(parameters, lr=rate))
+
+    def make_net(self) -> nn.Module:
+        torch.manual_seed(3)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        return nn.Sequential(nn.Unflatten(1, (8, 1)), nn.Linear(1, 8), layer, nn.Flatten(), nn.Linear(64, 1))
+
+    def configure_model(self) -> None:
+        mesh = getattr(self, "device_mesh", None)
+        if mesh is not None and not hasattr(self.net[-1].weight, "to_local"):
+            fully_shard(self.net[2], mesh=mesh["data_parallel"])
+            fully_shard(self.net, mesh=mesh["data_parallel"])
+
+
+def own_part(count: int, examples_in_all: int, seed: int, size: int = 32) -> DataLoader:
+    """This process's part of the batches that one process would have."""
+    own, rank = size // count, int(os.environ.get("LOCAL_RANK", 0))
+    starts = range(rank * own, examples_in_all, size)
+    return DataLoader(examples(examples_in_all, seed), batch_sampler=[list(range(s, s + own)) for s in starts])
+
+
+def learn(kind: str, count: int, callback: LearnToLearn | None = None, epochs: int = 8, rate: float = 1e-6) -> dict[str, Any]:
+    """A fit: its history, and the whole weights and the held-out loss at the end."""
+    strategies: dict[str, Any] = {
+        "ddp": lambda: "ddp",
+        "sharded": lambda: ModelParallelStrategy(
+            data_parallel_size=count, tensor_parallel_size=1, process_group_backend="gloo"
+        ),
+        "compressed": lambda: DDPStrategy(ddp_comm_hook=fp16_compress_hook),
+        "plain": lambda: "auto",
+    }
+    callback = callback or LearnToLearn()
+    options = {**QUIET, "devices": count, "max_epochs": epochs, "use_distributed_sampler": False}
+    trainer = pl.Trainer(**options, strategy=strategies[kind](), callbacks=[callback])
+    module = Transformer(rate)
+    trainer.fit(module, own_part(count, 256, 0), own_part(count, 64, 5))
+    weights = [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in module.parameters()]
+    return {"history": callback.history, "rates": callback.learning_rates, "weights": weights, "end": float(trainer.callback_metrics["val_loss"])}
+
+
+def watch(kind: str, count: int) -> list[torch.Tensor]:
+    """The weights at the end of a fit with a callback that observes, with held-out gradients."""
+    callback = LearnToLearn(meta_learning_rate=0, initial_search=False, every_n_steps=3)
+    return list(learn(kind, count, callback, epochs=2)["weights"])
+
+
+def without(kind: str, count: int) -> list[torch.Tensor]:
+    """The weights at the end of the same fit without a callback."""
+    options = {**QUIET, "devices": count, "max_epochs": 2, "use_distributed_sampler": False}
+    strategy = (
+        ModelParallelStrategy(data_parallel_size=count, tensor_parallel_size=1, process_group_backend="gloo")
+        if kind == "sharded"
+        else "ddp"
+    )
+    module = Transformer()
+    pl.Trainer(**options, strategy=strategy).fit(module, own_part(count, 256, 0), own_part(count, 64, 5))
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in module.parameters()]
