@@ -161,8 +161,8 @@ class LearnToLearn(pl.Callback):
         if manual and not alone:
             self._say(
                 "players",
-                "several optimizers are stepped by hand, so each is taken for a player of a game: its rate is raised only "
-                "where it hardly moves the weights.",
+                "several optimizers are stepped by hand, so each is taken for a player of a game: its rate is raised "
+                "only where it hardly moves the weights.",
             )
         return self.estimator.attach(
             optimizer,

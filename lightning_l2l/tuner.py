@@ -90,8 +90,8 @@ class Displacement:
     ) -> Tuner:
         """Learn the rates of an optimizer from its next step on.
 
-        Where its steps are not in proportion to its rate (:func:`why_not_in_proportion`), that is said in a warning, and
-        the rate is only observed.
+        Where its steps are not in proportion to its rate (:func:`why_not_in_proportion`), a warning says so, and the
+        rate is only observed.
 
         Args:
             optimizer: Any optimizer whose steps are in proportion to ``group["lr"]``; Fabric's wrapper of one as well.
@@ -469,7 +469,7 @@ def why_not_in_proportion(optimizer: torch.optim.Optimizer) -> str:
         return f"{name} takes several steps in one, whose lengths are those of a line search or of the curvature."
     if any(group.get("relative_step") for group in optimizer.param_groups):
         return f"{name} takes its step size from the number of steps (relative_step=True)."
-    # Prodigy and D-Adaptation keep their own estimate of the distance to the solution, and how it may grow, in each group.
+    # Prodigy and D-Adaptation keep an estimate of the distance to the solution, and how it may grow, in each group.
     if any("d" in group and "growth_rate" in group for group in optimizer.param_groups):
         return f"{name} estimates its own step size (the 'd' of its parameter groups)."
     return ""

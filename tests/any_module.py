@@ -67,6 +67,11 @@ def observer(**options: Any) -> LearnToLearn:
     return LearnToLearn(meta_learning_rate=0, initial_search=False, every_n_steps=3, **options)
 
 
+def highest(callback: LearnToLearn, group: int = -1) -> float:
+    """The highest rate that was learned for a group (at the end of a training without a schedule it may fall to 0)."""
+    return max(record["learning_rates"][group] for record in callback.history)
+
+
 def same_state(left: Any, right: Any) -> bool:
     """Whether the modules of two fits hold the same parameters and buffers, bit for bit."""
     ours, theirs = (trainer.lightning_module.state_dict() for trainer in (left, right))

@@ -7,12 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from any_module import Regression, batches, examples
+from any_module import Regression, examples
 from conftest import QUIET
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch import strategies
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_l2l import LearnToLearn
@@ -43,23 +43,39 @@ def own_part(count: int, examples_in_all: int, seed: int, size: int = 32) -> Dat
     return DataLoader(examples(examples_in_all, seed), batch_sampler=[list(range(s, s + own)) for s in starts])
 
 
-def learn(kind: str, count: int, callback: LearnToLearn | None = None, epochs: int = 8, rate: float = 1e-6) -> dict[str, Any]:
-    """A fit: its history, and the whole weights and the held-out loss at the end."""
-    strategies: dict[str, Any] = {
-        "ddp": lambda: "ddp",
-        "sharded": lambda: ModelParallelStrategy(
+def trainer_for(kind: str, count: int, epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
+    def sharded() -> Any:
+        return strategies.ModelParallelStrategy(
             data_parallel_size=count, tensor_parallel_size=1, process_group_backend="gloo"
-        ),
-        "compressed": lambda: DDPStrategy(ddp_comm_hook=fp16_compress_hook),
+        )
+
+    kinds: dict[str, Any] = {
         "plain": lambda: "auto",
+        "ddp": lambda: "ddp",
+        "compressed": lambda: strategies.DDPStrategy(ddp_comm_hook=fp16_compress_hook),
+        "sharded": sharded,
     }
-    callback = callback or LearnToLearn()
     options = {**QUIET, "devices": count, "max_epochs": epochs, "use_distributed_sampler": False}
-    trainer = pl.Trainer(**options, strategy=strategies[kind](), callbacks=[callback])
-    module = Transformer(rate)
+    return pl.Trainer(**options, strategy=kinds[kind](), callbacks=list(callbacks))
+
+
+def whole_weights(module: nn.Module) -> list[torch.Tensor]:
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in module.parameters()]
+
+
+def learn(
+    kind: str, count: int, callback: LearnToLearn | None = None, epochs: int = 8, rate: float = 1e-6
+) -> dict[str, Any]:
+    """A fit: its history, and the whole weights and the held-out loss at the end."""
+    callback = callback or LearnToLearn()
+    trainer, module = trainer_for(kind, count, epochs, callback), Transformer(rate)
     trainer.fit(module, own_part(count, 256, 0), own_part(count, 64, 5))
-    weights = [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in module.parameters()]
-    return {"history": callback.history, "rates": callback.learning_rates, "weights": weights, "end": float(trainer.callback_metrics["val_loss"])}
+    return {
+        "history": callback.history,
+        "rates": callback.learning_rates,
+        "weights": whole_weights(module),
+        "end": float(trainer.callback_metrics["val_loss"]),
+    }
 
 
 def watch(kind: str, count: int) -> list[torch.Tensor]:
@@ -70,12 +86,6 @@ def watch(kind: str, count: int) -> list[torch.Tensor]:
 
 def without(kind: str, count: int) -> list[torch.Tensor]:
     """The weights at the end of the same fit without a callback."""
-    options = {**QUIET, "devices": count, "max_epochs": 2, "use_distributed_sampler": False}
-    strategy = (
-        ModelParallelStrategy(data_parallel_size=count, tensor_parallel_size=1, process_group_backend="gloo")
-        if kind == "sharded"
-        else "ddp"
-    )
-    module = Transformer()
-    pl.Trainer(**options, strategy=strategy).fit(module, own_part(count, 256, 0), own_part(count, 64, 5))
-    return [getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for p in module.parameters()]
+    trainer, module = trainer_for(kind, count, 2), Transformer()
+    trainer.fit(module, own_part(count, 256, 0), own_part(count, 64, 5))
+    return whole_weights(module)

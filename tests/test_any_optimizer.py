@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from any_module import Regression, batches, examples, fit, same_state
+from any_module import Regression, batches, examples, fit, highest, same_state
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -169,7 +169,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 def test_a_rate_that_is_far_too_small_is_raised_and_the_training_gains(name: str) -> None:
     plain, callback = fit(lambda: Regression(OPTIMIZERS[name]), max_epochs=8), LearnToLearn()
     learned = fit(lambda: Regression(OPTIMIZERS[name]), callback, max_epochs=8)
-    assert callback.learning_rates[0] > 2 * callback.history[0]["base_rates"][0]
+    assert highest(callback) > 2 * callback.history[0]["base_rates"][0]
     assert learned.callback_metrics["val_loss"] < plain.callback_metrics["val_loss"]
 
 
@@ -202,7 +202,10 @@ def test_a_rate_tensor_that_groups_share_becomes_one_for_each() -> None:
     class Shared(Regression):
         def configure_optimizers(self) -> Any:
             rate = torch.tensor(1e-6)
-            groups = [{"params": self.net[0].parameters(), "lr": rate}, {"params": self.net[2].parameters(), "lr": rate}]
+            groups = [
+                {"params": self.net[0].parameters(), "lr": rate},
+                {"params": self.net[2].parameters(), "lr": rate},
+            ]
             return optim.AdamW(groups, lr=rate, foreach=False)
 
     class Numbers(Regression):
@@ -239,7 +242,15 @@ def test_sparse_gradients_are_measured_like_dense_ones() -> None:
     words = Words(True)
     words.configure_optimizers = lambda: optim.SparseAdam(words.parameters(), lr=1e-6)  # type: ignore[method-assign]
     fit(words, callback, max_epochs=8)
-    assert callback.learning_rates[0] > 2e-6
+    assert highest(callback) > 2e-6
+
+
+class RelativeStep(optim.SGD):
+    """As others' Adafactor: a step size of the number of steps, whatever the rate."""
+
+    def __init__(self, parameters: Any, lr: float | None = 0.1) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0] |= {"relative_step": True, "lr": lr}
 
 
 class Prodigy(optim.SGD):
@@ -255,11 +266,15 @@ REASONS = {
     "Rprop": (lambda p: optim.Rprop(p), "step size of its own for each weight"),
     "LBFGS": (lambda p: optim.LBFGS(p, lr=0.1, max_iter=3), "several steps in one"),
     "Prodigy": (lambda p: Prodigy(p), "estimates its own step size"),
+    "RelativeStep": (lambda p: RelativeStep(p), "from the number of steps"),
 }
 
 
 @pytest.mark.feature(
-    "Rprop, LBFGS, Prodigy, D-Adaptation", "observes", "their steps are not in proportion to the rate", topic="optimizer"
+    "Rprop, LBFGS, Prodigy, D-Adaptation, `relative_step=True`",
+    "observes",
+    "their steps are not in proportion to the rate",
+    topic="optimizer",
 )
 @pytest.mark.parametrize("name", REASONS)
 def test_where_steps_are_not_in_proportion_to_the_rate_it_is_said_once_and_only_observed(name: str) -> None:
@@ -310,14 +325,10 @@ def test_what_a_subclass_does_after_its_base_class_has_stepped_belongs_to_the_st
     assert tuner.average.measure(0)[2].item() == pytest.approx(0.05**2)
 
 
+@pytest.mark.filterwarnings("ignore:RelativeStep")
 def test_an_optimizer_without_a_rate_is_refused_with_the_reason() -> None:
-    class RelativeStep(optim.SGD):
-        def __init__(self, parameters: Any) -> None:
-            super().__init__(parameters, lr=0.1)
-            self.param_groups[0]["lr"] = None
-
     with pytest.raises(ValueError, match="has no learning rate 'lr'"):
-        fit(lambda: Regression(RelativeStep), LearnToLearn())
+        fit(lambda: Regression(lambda p: RelativeStep(p, lr=None)), LearnToLearn())
 
 
 def test_a_copy_of_a_watched_optimizer_steps_without_us() -> None:

@@ -10,6 +10,9 @@ import pytest
 import torch
 from fsdp_runs import learn, watch, without
 from launch import launch
+from lightning.pytorch import strategies
+
+sharding = pytest.mark.skipif(not hasattr(strategies, "ModelParallelStrategy"), reason="came with Lightning 2.4")
 
 
 def rates(run: Any) -> list[float]:
@@ -17,6 +20,7 @@ def rates(run: Any) -> list[float]:
     return [rate for record in run["history"] for rate in record["learning_rates"]]
 
 
+@sharding
 @pytest.mark.feature("FSDP2 by `ModelParallelStrategy`", "works", topic="strategy")
 def test_sharded_parameters_learn_the_rates_of_ddp(tmp_path: Path) -> None:
     sharded, ddp = launch(tmp_path, learn, "sharded", 2), launch(tmp_path, learn, "ddp", 2)
@@ -35,7 +39,7 @@ def test_two_processes_learn_the_rates_of_one(tmp_path: Path) -> None:
     assert rates(two[0]) == pytest.approx(rates(one), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["sharded", "ddp"])
+@pytest.mark.parametrize("kind", [pytest.param("sharded", marks=sharding), "ddp"])
 def test_watching_leaves_a_run_of_several_processes_as_it_is(tmp_path: Path, kind: str) -> None:
     for ours, theirs in zip(launch(tmp_path, watch, kind, 2), launch(tmp_path, without, kind, 2), strict=True):
         assert isinstance(ours, list) and isinstance(theirs, list), (ours, theirs)

@@ -1,4 +1,4 @@
-"""Twelve modules after the projects that people really have: each learns with ``LearnToLearn()``, and is no worse for it.
+"""Twelve modules after the projects that people really have: each learns, and is no worse for it.
 
 Every module trains for 200 steps at a usual rate, with and without the callback. It is modelled on what a census of
 public Lightning projects found to be hard: validation batches that are no training batches, several optimizers, losses
@@ -7,7 +7,6 @@ of either sign, clipping of one's own.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from any_module import Regression, fit, unchanged
+from any_module import fit, unchanged
 from fsdp_runs import learn
 from launch import launch
+from lightning.pytorch import strategies
 from test_any_loop import Gan
 from torch import Tensor, nn
 from torch.nn import functional
@@ -204,7 +204,9 @@ class Rays(Project):
 
     def data(self, count: int, seed: int) -> Any:
         places = 2 * torch.rand(count, 2, generator=generator(seed)) - 1
-        return [{"rays": p, "colors": torch.stack([p[0].sin(), p[1].cos(), (3 * p[0] * p[1]).sin()]) / 2 + 0.5} for p in places]
+        x, y = places.unbind(1)
+        colors = torch.stack([x.sin(), y.cos(), (3 * x * y).sin()], 1) / 2 + 0.5
+        return [{"rays": place, "colors": color} for place, color in zip(places, colors, strict=True)]
 
     def val_dataloader(self) -> Any:
         whole = self.data(64, 1)
@@ -248,7 +250,12 @@ class Lora(Project):
         torch.manual_seed(11)
         base = weight_norm(nn.Linear(32, 64)).requires_grad_(False)
         return nn.ModuleDict(
-            {"base": base, "down": nn.Linear(32, 4, bias=False), "up": nn.Linear(4, 64, bias=False), "head": nn.Linear(64, 8)}
+            {
+                "base": base,
+                "down": nn.Linear(32, 4, bias=False),
+                "up": nn.Linear(4, 64, bias=False),
+                "head": nn.Linear(64, 8),
+            }
         )
 
     def data(self, count: int, seed: int) -> Any:
@@ -341,6 +348,7 @@ def test_watching_leaves_a_project_as_it_is(kind: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(strategies, "ModelParallelStrategy"), reason="came with Lightning 2.4")
 @pytest.mark.feature("a transformer under FSDP2", "works", topic="project")
 def test_a_sharded_transformer_learns_and_ends_no_worse_than_at_its_usual_rate(tmp_path: Path) -> None:
     learned = launch(tmp_path, learn, "sharded", 2, LearnToLearn(), 25, 3e-3)[0]

@@ -76,7 +76,7 @@ def _muted(logger: Any) -> Any:
     }
     silent |= {"save": _ignore, "finalize": _ignore, "after_save_checkpoint": _ignore, "__module__": kind.__module__}
     silent["experiment"] = property(lambda self: _MutedExperiment(kind.experiment.__get__(logger)))
-    muted = object.__new__(type(kind.__name__, (kind,), silent))
+    muted: Any = object.__new__(type(kind.__name__, (kind,), silent))
     muted.__dict__ = vars(logger)
     return muted
 

@@ -191,8 +191,8 @@ def show_last_rates(trainer: pl.Trainer) -> None:
 
 
 def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """What callbacks such as ``WeightAveraging`` and ``StochasticWeightAveraging`` keep as an average of the weights."""
-    found = (getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ()))
+    """What callbacks such as ``WeightAveraging`` and ``StochasticWeightAveraging`` keep as an average of weights."""
+    found: Iterator[Any] = (getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ()))
     return [model for model in found if isinstance(getattr(model, "n_averaged", None), torch.Tensor)]
 
 
