@@ -19,7 +19,6 @@ FIGURES = DOCS / "figures"
 EXAMPLES: dict[str, list[str]] = {
     "digits": [],
     "diagnostics": [],
-    "fabric": [],
     "meta_train_optimizer": [],
     "quadratic": [],
     "plain_pytorch": [],
