@@ -57,8 +57,9 @@ class RunningAverage:
         >>> with torch.no_grad():
         ...     _ = weight.add_(1.0)
         >>> average.fold(1)
-        >>> round(average.displacement(0)[0].item(), 3)
-        0.1
+        >>> average.move_weights()
+        >>> round(weight.item(), 3)
+        0.9
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
