@@ -31,18 +31,24 @@ EXAMPLES: dict[str, list[str]] = {
         "--trainer.max_epochs=20",
     ],
 }
-KEPT = (
-    "landscape/landscape.png",
-    "quadratic/meta_gradient.png",
-    "quadratic/optimal_step_size.png",
-    "quadratic/step_size.png",
-    "least_squares/trajectories.png",
-    "least_squares_by_samples/sweep.png",
-)
+# Of examples/paper: the program, its arguments, the folder it writes to, and the figures kept.
+SMALL = ["--dimension", "200", "--tasks", "60"]
+SAMPLES = ["20", "50", "100", "150", "200", "300", "400", "800"]
+PAPER: list[tuple[str, list[str], str, tuple[str, ...]]] = [
+    ("landscape", [], "landscape", ("landscape",)),
+    ("quadratic", ["--meta-steps", "200"], "quadratic", ("meta_gradient", "optimal_step_size", "step_size")),
+    ("least_squares", [*SMALL, "--samples", "100"], "least_squares", ("trajectories",)),
+    (
+        "least_squares",
+        [*SMALL, "--sweep", "samples", "--sweep-values", *SAMPLES],
+        "least_squares_by_samples",
+        ("sweep",),
+    ),
+]
 
 
 def main() -> None:
-    """Run the examples and the sanity module, and keep their figures; with names of examples, only these."""
+    """Run the examples and the paper's experiments, and keep their figures; with names of examples, only these."""
     chosen = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen or EXAMPLES:
@@ -50,9 +56,11 @@ def main() -> None:
             keep(Path(folder) / f"{name}.png", f"{name}.png")
         if chosen:
             return
-        run([sys.executable, "-m", "lightning_l2l", "sanity", "--plots", folder], folder)
-        for name in KEPT:
-            keep(Path(folder) / name, name.replace("/", "-"))
+        for name, arguments, output, figures in PAPER:
+            program = str(DOCS.resolve().parent / "examples" / "paper" / f"{name}.py")
+            run([sys.executable, program, *arguments, "--output", output], folder)
+            for figure in figures:
+                keep(Path(folder) / output / f"{figure}.png", f"{output}-{figure}.png")
 
 
 def keep(drawn: Path, name: str) -> None:

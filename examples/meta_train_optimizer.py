@@ -16,7 +16,7 @@ import torch
 from digits_task import QUIET, Digits, prepare
 from torch import Tensor, nn
 
-from lightning_l2l import LearnedOptimizer, MetaTraining, SmallFCOptimizer
+from lightning_l2l import LearnedOptimizer, MetaTraining, SmallFCOptimizer, Unroll
 from lightning_l2l.plotting import STYLES, new_figure
 from lightning_l2l.tasks import ImageClassification
 
@@ -29,8 +29,8 @@ def meta_train(path: str, updates: int) -> None:
     images, labels = Digits().train.tensors
     tasks = ImageClassification(images, labels, hidden=(32,), batch_size=64)
     meta_training = MetaTraining(
-        learned, tasks, unroll_steps=20, episode_steps=200, tasks_at_once=2, populations=5, objective="naive_mean",
-        meta_data="train", estimator="truncated", meta_learning_rate=3e-3, warm_down=True,
+        learned, tasks, unroll_steps=20, episode_steps=200, tasks_at_once=2, populations=5,
+        estimator=Unroll(objective="naive_mean"), meta_data="train", meta_learning_rate=3e-3, warm_down=True,
     )  # fmt: skip
     L.Trainer(max_steps=updates, max_epochs=-1, gradient_clip_val=1.0, **QUIET).fit(meta_training)
     learned.tasks = "digits, 64-32-10"

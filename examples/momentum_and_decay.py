@@ -3,8 +3,9 @@
     python examples/momentum_and_decay.py
 
 A fifth of the training labels is wrong, so that there is something for a weight decay to do. Momentum moves as
-1 - (1 - momentum) * exp(d) and stays below 1; weight decay as a positive factor, so it must not start at 0. Writes
-momentum_and_decay.png, the three numbers over the training.
+1 - (1 - momentum) * exp(d) and stays below 1; weight decay as a positive factor, so it must not start at 0. At each
+update the last twenty training steps are taken once more from the present weights, and the held-out loss after them is
+differentiated. Writes momentum_and_decay.png, the three numbers over the training.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from digits_task import QUIET, Classifier, Digits, prepare
 from torch.utils.data import TensorDataset
 
-from lightning_l2l import LearnedHyperparameters, LearnedOptimizer, LearnedStepSize, LearnToLearn
+from lightning_l2l import LearnedHyperparameters, LearnedStepSize, LearnToLearn, Unroll
 from lightning_l2l.plotting import STYLES, new_figure
 
 NAMES = {"lr": "learning rate", "momentum": "momentum", "weight_decay": "weight decay"}
@@ -42,7 +43,7 @@ class Decayed(Classifier):
 
 
 class Values(L.Callback):
-    """What the optimizer's group holds in each step: LearnToLearn takes its values back when the fit ends."""
+    """What the optimizer's group holds after each step."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -52,11 +53,13 @@ class Values(L.Callback):
         self.seen.append({key: group[key] for key in NAMES})
 
 
-def train(name: str, learned: LearnedOptimizer | None, epochs: int) -> list[dict[str, float]]:
+def train(name: str, learned: LearnedHyperparameters | None, epochs: int) -> list[dict[str, float]]:
     L.seed_everything(0, verbose=False)
     model, data, values = Decayed(learning_rate=0.03), NoisyDigits(), Values()
-    learner = [LearnToLearn(learned, initial_search=False)] if learned is not None else []
-    trainer = L.Trainer(max_epochs=epochs, callbacks=[*learner, values], **QUIET)
+    callbacks: list[L.Callback] = [values]
+    if learned is not None:
+        callbacks.insert(0, LearnToLearn(Unroll(steps=20), learned=learned, every_n_steps=10, initial_search=False))
+    trainer = L.Trainer(max_epochs=epochs, callbacks=callbacks, **QUIET)
     trainer.fit(model, data)
     tested, last = trainer.test(model, data, verbose=False)[0], values.seen[-1]
     print(f"{name:28} rate {last['lr']:8.2g}   momentum {last['momentum']:6.3f}   ", end="")

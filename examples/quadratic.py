@@ -1,8 +1,8 @@
-"""A training whose truth is known: what the callback finds, next to closed forms at every meta-update.
+"""A training whose truth is known: what an exact estimator finds, next to closed forms at every update.
 
 The task is a random quadratic of 20 dimensions. At any moment, the best step size for the next K steps has a closed
 form, and it moves as steep and flat directions are used up in turn; the callback only sees losses and gradients.
-Prints one line for each meta-update, and writes quadratic.png:
+Prints one line for each update, and writes quadratic.png:
 
     python examples/quadratic.py
 """
@@ -15,7 +15,7 @@ import warnings
 
 import lightning as L
 
-from lightning_l2l import LearnToLearn, TaskModule
+from lightning_l2l import LearnToLearn, TaskModule, Unroll
 from lightning_l2l.plotting import STYLES, new_figure
 from lightning_l2l.tasks import Quadratic
 
@@ -23,18 +23,18 @@ UNROLL_STEPS = 10
 
 
 class Truth(L.Callback):
-    """After each meta-update: the same meta-gradient, and the best step size, in closed form from the same weights."""
+    """After each update: the same meta-gradient, and the best step size, in closed form from the same weights."""
 
     def __init__(self, task: Quadratic, learner: LearnToLearn) -> None:
         self.task, self.learner = task, learner
         self.rows: list[tuple[int, float, float, float, float]] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
-        self.rate = trainer.optimizers[0].param_groups[0]["lr"]  # in force when the callback looks ahead
+        self.rate = trainer.optimizers[0].param_groups[0]["lr"]  # which the callback unrolls with
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         record = self.learner.history[-1] if self.learner.history else {}
-        if record.get("step") == trainer.global_step and record["meta_gradient"]:  # there is none where it is rescued
+        if record.get("step") == trainer.global_step and record.get("meta_gradient"):  # the guard's have none
             (point,) = (parameter.detach() for parameter in pl_module.parameters())
             here = Quadratic(self.task.hessian, point)
             (found,), steps = record["meta_gradient"]["learning_rate"], len(record["diagnostics"]["losses"])
@@ -59,17 +59,14 @@ def draw(rows: list[tuple[int, float, float, float, float]], path: str) -> None:
 def main(arguments: list[str] | None = None) -> list[tuple[int, float, float, float, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="40 steps only")
-    parser.add_argument("--learning-rate", type=float, default=1e-6, help="where to start (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="where to start (%(default)s)")
     parser.add_argument("--plot", default="quadratic.png", help="where to write the figure (%(default)s)")
     options = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
     task = Quadratic.random(20, seed=0, kind="wide")
-    # By looking ahead: the live estimator looks back over the steps just taken, from other weights than the truth's.
-    learner = LearnToLearn(
-        unroll_steps=UNROLL_STEPS, every_n_steps=2, interval_growth=0, estimator="forward", search_budget=0.2
-    )
+    learner = LearnToLearn(Unroll(steps=UNROLL_STEPS), every_n_steps=2, initial_search=False)
     truth = Truth(task, learner)
     trainer = L.Trainer(
         max_steps=40 if options.quick else 300,

@@ -13,6 +13,7 @@ from lightning_l2l.learned import (
     LSTMOptimizer,
     MLPOptimizer,
     SmallFCOptimizer,
+    UnitStepOptimizer,
 )
 from lightning_l2l.meta_training import MetaTraining
 from lightning_l2l.schedule import LearnedSchedule
@@ -34,6 +35,7 @@ __all__ = [
     "SmallFCOptimizer",
     "TaskModule",
     "Tuner",
+    "UnitStepOptimizer",
     "Unroll",
     "__version__",
     "meta_gradient",

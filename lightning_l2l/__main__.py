@@ -37,9 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     options = parser.parse_args(arguments)
     try:
-        return _COMMANDS[options.command].run(options)
+        status: int = _COMMANDS[options.command].run(options)
     except (ValueError, ImportError) as error:  # a setting that makes no sense: their messages say which and why
         parser.exit(2, f"{parser.prog} {options.command}: {error}\n")
+    return status
 
 
 if __name__ == "__main__":

@@ -15,18 +15,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
+from lightning_l2l.exact.estimators import EvolutionStrategies, Unroll
 from lightning_l2l.host import lightning_api, reporting
 from lightning_l2l.host.held_out import HeldOut, ValidationBatches
 from lightning_l2l.host.isolation import hidden_attribute
+from lightning_l2l.host.refusals import prepare
+from lightning_l2l.host.unroll import UnrollTuner
+from lightning_l2l.learned import LearnedHyperparameters, LearnedOptimizer
 from lightning_l2l.rates import plain
 from lightning_l2l.schedule import AppliedRecord, LearnedSchedule
-from lightning_l2l.tuner import Displacement, SearchResult, Tuner
+from lightning_l2l.tuner import Displacement, HeldOutGradient, SearchResult, Tuner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MetaData = Literal["auto", "val", "train"]
-ESTIMATORS = (Displacement,)
+Estimator = Displacement | Unroll | EvolutionStrategies
 
 
 class LearnToLearn(pl.Callback):
@@ -49,13 +53,16 @@ class LearnToLearn(pl.Callback):
         estimator: How the meta-gradient is estimated: :class:`~lightning_l2l.Displacement` (default), or exactly by
             :class:`~lightning_l2l.Unroll` or :class:`~lightning_l2l.EvolutionStrategies`, which also serve other
             hyperparameters than learning rates.
-        learned: What is learned, with an exact estimator; a template, :attr:`learned` is what the fit learned. ``None``:
-            a factor on the rate of each parameter group.
+        learned: What is learned, with an exact estimator: a template, which is copied for each fit. ``None``: a factor
+            on the rate of each parameter group; or the meta-parameters of an optimizer that was made by
+            :meth:`LearnedOptimizer.as_torch_optimizer <lightning_l2l.LearnedOptimizer.as_torch_optimizer>`.
         every_n_steps: Optimizer steps from one update to the next. ``None``: in proportion to the steps so far, so that
             100 and 100,000 steps are the same problem.
-        meta_data: ``"auto"``: batches of the (first) validation loader where ``training_step`` can take them, else the
-            training gradients; ``"val"``: the same, but an error where it cannot; ``"train"``: the training gradients;
-            or a loader of batches. Data that you report results on should be none of these.
+        meta_data: What gradients the rate is learned from, besides those of the training. ``"auto"``: from the second
+            pass over the data on (in the first one, every training batch is new), batches of the (first) validation
+            loader, where there is one and ``training_step`` can take them. ``"val"``: from the start, and an error
+            where it cannot. ``"train"``: none. Or a loader of batches. Report results on none of these data. (An exact
+            estimator asks held-out data from the start; without, a training batch that is older than its steps.)
         held_out_loss: ``held_out_loss(module, batch)`` returns the loss that counts, where ``training_step`` is not the
             measure (self-supervised training, detection, sequence to sequence).
         meta_learning_rate: How fast the logarithm of a rate moves, as a multiple of the default; 0 only observes.
@@ -66,25 +73,33 @@ class LearnToLearn(pl.Callback):
 
     Attributes:
         learning_rates: The applied rates, one for each parameter group over all optimizers.
-        history: One record for each update: ``"step"``, ``"learning_rates"``, ``"cosine"``, ..., ``"diagnostics"``.
+        history: One record for each update: ``"step"``, ``"learning_rates"``, ``"cosine"``, ..., ``"diagnostics"``;
+            with an exact estimator also ``"meta_objective"``, ``"meta_gradient"`` (numbers by meta-parameter; the norm
+            of one with more than 100) and ``"hyperparameters"`` (the learned values of each group).
         search_result: What the search at the start found; ``None`` without one.
+        learned: What this fit learns, or has learned, with an exact estimator; else ``None``.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An argument out of range.
+        ValueError: An argument out of range, or arguments that contradict each other.
 
     Example::
 
         trainer = L.Trainer(max_epochs=20, callbacks=[LearnToLearn()])
         trainer.fit(model, datamodule)
 
+    Momentum too, by the exact gradient through the last twenty steps::
+
+        learner = LearnToLearn(Unroll(steps=20), learned=LearnedHyperparameters(("learning_rate", "momentum")))
+
     Source: Wang, Yuan, Wu, Ge, "Guarantees for Tuning the Step Size using a Learning-to-Learn Approach" (ICML 2021).
     """
 
     def __init__(
         self,
-        estimator: Displacement | None = None,
+        estimator: Displacement | Unroll | EvolutionStrategies | None = None,
         *,
+        learned: LearnedHyperparameters | None = None,
         every_n_steps: int | None = None,
         meta_data: MetaData | Iterable[Any] = "auto",
         held_out_loss: Callable[[pl.LightningModule, Any], torch.Tensor] | None = None,
@@ -97,7 +112,8 @@ class LearnToLearn(pl.Callback):
         super().__init__()
         estimator = Displacement() if estimator is None else estimator
         _check(estimator, every_n_steps, meta_data, held_out_loss, meta_learning_rate)
-        self.estimator = estimator
+        _check_learned(estimator, learned)
+        self.estimator: Estimator = estimator
         self.every_n_steps = every_n_steps
         self.meta_data = meta_data
         self.held_out_loss = held_out_loss
@@ -105,8 +121,13 @@ class LearnToLearn(pl.Callback):
         self.initial_search = initial_search
         self.divergence_guard = divergence_guard
         self.seed = seed
+        self.learned: LearnedOptimizer | None = None
+        self._template = learned
         self._tuners: list[Tuner] = []
         self._held_out: HeldOut | None = None
+        self._compare: HeldOutGradient | None = None
+        self._batch: Any = None
+        self._waits_for_data = False
         self._cleanup = ExitStack()
         self._reset()
 
@@ -132,20 +153,29 @@ class LearnToLearn(pl.Callback):
         """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
         if stage != "fit":
             return
-        if trainer.global_step > 0 and not self._knows(pl_module):
+        if trainer.global_step == 0 or not self._knows(pl_module):
             self._reset()
         lightning_api.refuse_several(trainer, LearnToLearn)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what would be wrong, once there are optimizers."""
         lightning_api.refuse(trainer)
+        if not isinstance(self.estimator, Displacement):
+            self.learned = prepare(trainer, pl_module, self.estimator, self._template)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers, restored or fresh."""
         saved = self._saved if self._model is None or self._knows(pl_module) else {}
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
-        self._held_out = self._find_held_out(trainer, pl_module)
+        # By default held-out data are asked from the second pass on, and looked for then.
+        is_default = self.meta_data == "auto" and self.held_out_loss is None
+        self._waits_for_data = is_default and isinstance(self.estimator, Displacement)
+        self._held_out = None if self._waits_for_data else self._find_held_out(trainer, pl_module)
+        self._compare = None
+        if not lightning_api.is_manual(pl_module) and not lightning_api.takes_iterator(pl_module):
+            same = HeldOut(trainer, pl_module, lambda _: self._batch, source="the last training batch", seed=self.seed)
+            self._compare = same.gradient
         for number, optimizer in enumerate(lightning_api.real_optimizers(trainer)):
             tuner = self._attach(trainer, pl_module, optimizer)
             self._tuners.append(tuner)
@@ -156,25 +186,44 @@ class LearnToLearn(pl.Callback):
         self._show_rates()
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
-        alone = len(lightning_api.real_optimizers(trainer)) == 1
         manual = lightning_api.is_manual(module)
-        if manual and not alone:
+        is_player = manual and len(lightning_api.real_optimizers(trainer)) > 1
+        if is_player:
             self._say(
                 "players",
                 "several optimizers are stepped by hand, so each is taken for a player of a game: its rate is raised "
                 "only where it hardly moves the weights.",
             )
-        return self.estimator.attach(
+        # How often training_step steps by hand is not known, and what its losses say of each optimizer neither.
+        planned_steps = math.inf if manual else lightning_api.planned_steps(trainer)
+        if isinstance(self.estimator, Displacement):
+            return self.estimator.attach(
+                optimizer,
+                planned_steps=planned_steps,
+                every_n_steps=self.every_n_steps,
+                meta_learning_rate=self.meta_learning_rate,
+                initial_search=self.initial_search,
+                divergence_guard=self.divergence_guard and not manual,
+                has_schedule=lightning_api.has_schedule(trainer),
+                is_player=is_player,
+                modules=[module],
+                seed=self.seed,
+            )
+        assert self.learned is not None
+        return UnrollTuner(
             optimizer,
-            # How often training_step steps by hand is not known, and losses of players are no measure of each other.
-            planned_steps=math.inf if manual else lightning_api.planned_steps(trainer),
+            trainer=trainer,
+            module=module,
+            estimator=self.estimator,
+            learned=self.learned,
+            held_out=self._held_out,
+            held_out_loss=self.held_out_loss,
+            planned_steps=planned_steps,
             every_n_steps=self.every_n_steps,
             meta_learning_rate=self.meta_learning_rate,
             initial_search=self.initial_search,
-            divergence_guard=self.divergence_guard and alone,
+            divergence_guard=self.divergence_guard,
             has_schedule=lightning_api.has_schedule(trainer),
-            is_player=manual and not alone,
-            modules=[module],
             seed=self.seed,
         )
 
@@ -190,9 +239,8 @@ class LearnToLearn(pl.Callback):
                     "counts, or leave meta_data out: then the rates are learned from the training gradients."
                 )
             return None
-        loader, count = (
-            lightning_api.first_loader(lightning_api.validation_loaders(trainer)) if own else (self.meta_data, 1)
-        )
+        loaders = lightning_api.validation_loaders(trainer) if own else self.meta_data
+        loader, count = lightning_api.first_loader(loaders)
         if loader is None:
             if self.meta_data == "val" or self.held_out_loss is not None:
                 raise MisconfigurationException(
@@ -225,6 +273,9 @@ class LearnToLearn(pl.Callback):
                 self._tuners[number] = self._attach(trainer, pl_module, optimizer)
                 self._tuners[number].load_state_dict(state)
         self._show_rates()
+        for tuner in self._tuners:
+            if isinstance(tuner, UnrollTuner):
+                tuner.see_batch(batch, batch_idx)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -233,6 +284,9 @@ class LearnToLearn(pl.Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())  # divided by the number of accumulated batches, by Lightning
+        for tuner in self._tuners:
+            if isinstance(tuner, UnrollTuner) and loss is None:
+                tuner.skip_batch()
         if all(tuner.steps == tuner.seen for tuner in self._tuners):
             return  # gradients are accumulated, or mixed precision left the step out
         total, records = self._total_loss(trainer), {}
@@ -265,14 +319,14 @@ class LearnToLearn(pl.Callback):
     def _step(
         self, trainer: pl.Trainer, module: pl.LightningModule, tuner: Tuner, loss: torch.Tensor | None, batch: Any
     ) -> dict[str, Any] | None:
-        compare = None
-        if not lightning_api.is_manual(module) and not lightning_api.takes_iterator(module):
-            compare = HeldOut(trainer, module, lambda _: batch, source="the training batch again", seed=self.seed)
-        record = tuner.step(
-            loss,
-            held_out=None if self._held_out is None else self._held_out.gradient,
-            compare=None if compare is None else compare.gradient,
-        )
+        self._batch = batch
+        # In the first pass over the data every training gradient is a held-out gradient.
+        passes = lightning_api.passes(trainer)
+        if self._waits_for_data and passes > 0:
+            self._waits_for_data = False
+            self._held_out = self._find_held_out(trainer, module)
+        held_out = None if self._held_out is None else self._held_out.gradient
+        record = tuner.step(loss, held_out=held_out, compare=self._compare, passes=passes)
         error, tuner.held_out_error = tuner.held_out_error, None
         if error is not None:
             if self.meta_data != "auto" or self.held_out_loss is not None:
@@ -304,13 +358,14 @@ class LearnToLearn(pl.Callback):
             values = {
                 name: value
                 for name, value in record.items()
-                if isinstance(value, float) and name in ("training_loss", "held_out_loss")
+                if isinstance(value, float) and name in ("training_loss", "held_out_loss", "meta_objective")
             }
             suffix = f"/optimizer_{number}" if len(optimizers) > 1 else ""
             found = {f"l2l/{name}{suffix}": value for name, value in values.items()}
             for kind in ("cosine", "held_out_cosine"):
                 names = reporting.names_of(kind, optimizers)[sum(len(o.param_groups) for o in optimizers[:number]) :]
                 found |= dict(zip(names, record.get(kind, []), strict=False))
+            found |= reporting.unrolled_values(record, optimizers[number])
             reporting.log(trainer, module, found)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -341,7 +396,7 @@ class LearnToLearn(pl.Callback):
         self._cleanup.close()
         for tuner in self._tuners:
             tuner.close()
-        self._tuners, self._held_out, self._losses = [], None, []
+        self._tuners, self._held_out, self._compare, self._losses, self._batch = [], None, None, [], None
 
     # Results.
 
@@ -420,7 +475,7 @@ def _check(
     estimator: Any, every_n_steps: int | None, meta_data: Any, held_out_loss: Any, meta_learning_rate: float
 ) -> None:
     """Refuse arguments that mean nothing."""
-    if not isinstance(estimator, ESTIMATORS):
+    if not isinstance(estimator, (Displacement, Unroll, EvolutionStrategies)):
         raise TypeError(
             f"LearnToLearn(estimator={estimator!r}): an estimator is an object that holds its own options, such as "
             "Displacement(), Unroll(steps=5) or EvolutionStrategies(particles=8)."
@@ -442,8 +497,40 @@ def _check(
         raise TypeError("LearnToLearn(held_out_loss=...) must be a function of the module and a batch.")
     if held_out_loss is not None and meta_data == "train":
         raise ValueError(
-            "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there are "
-            "no held-out batches to take that loss of. Leave one of them out."
+            "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there "
+            "are no held-out batches to take that loss of. Leave one of them out."
         )
     if not 0 <= meta_learning_rate < math.inf:
         raise ValueError(f"LearnToLearn(meta_learning_rate={meta_learning_rate}) must be finite, and not negative.")
+
+
+def _check_learned(estimator: Estimator, learned: Any) -> None:
+    """Refuse what an estimator cannot learn."""
+    if isinstance(estimator, Displacement):
+        if learned is not None:
+            raise ValueError(
+                f"LearnToLearn(learned={type(learned).__name__}(...)) needs an exact estimator. The displacement knows "
+                "what a larger learning rate would have changed, and nothing of momentum, decay or a neural optimizer. "
+                "Pass one, LearnToLearn(Unroll(steps=20), learned=...), or leave `learned` out."
+            )
+        return
+    name = type(estimator).__name__
+    if estimator.steps is None:
+        raise ValueError(f"LearnToLearn({name}()) has to know how many steps to unroll: {name}(steps=5), for example.")
+    if isinstance(estimator, EvolutionStrategies) and estimator.method != "es":
+        raise ValueError(
+            f"LearnToLearn(EvolutionStrategies(method={estimator.method!r})) carries particles from one unroll to the "
+            "next, but the unrolls of a running training do not follow each other. Use method='es'; the other methods "
+            "serve meta-training (lightning_l2l.MetaTraining)."
+        )
+    if learned is not None and not isinstance(learned, LearnedHyperparameters):
+        raise TypeError(
+            f"LearnToLearn(learned={learned!r}) must be LearnedHyperparameters(...) or LearnedStepSize(...): values of "
+            "your optimizer. To train on a neural optimizer, return learned.as_torch_optimizer(self.parameters()) from "
+            "configure_optimizers, and leave `learned` out."
+        )
+    if learned is not None and learned.per == "tensor":
+        raise ValueError(
+            "LearnToLearn(learned=...(per='tensor')): an optimizer has one value for each parameter group. Make each "
+            "tensor a group of its own in configure_optimizers, and use per='group'."
+        )

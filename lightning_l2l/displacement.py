@@ -1,16 +1,17 @@
 r"""Displacement: a horizon of many steps for the price of an inner product.
 
 Nearly all optimizers move the parameters by the learning rate times something else, so what a step adds to
-``d w / d log(rate)`` is the step itself. Leave out how that changes later gradients, let the past fade, and what a larger
-rate would have changed is the *displacement* of the weights from their running average. The loss changes with the rate by
+``d w / d log(rate)`` is the step itself. Leave out how that changes later gradients, let the past fade, and what a
+larger rate would have changed is the *displacement* of the weights from their running average. The loss changes by
 
 .. math:: \frac{\partial F}{\partial \log\alpha} \approx \left\langle \nabla F(w),\, w - \bar w \right\rangle
 
 Divided by the lengths of gradient and displacement it is a cosine: negative while the training makes progress, positive
-where the last steps have overshot. (Without curvature the tangent is that of Hessian-free step-size adaptation: IDBD,
-Sutton, AAAI 1992; MetaOptimize, Sharifnassab et al., ICML 2025; CLARA, arXiv 2508.05408, compares the length of a path.)
+where the last steps have overshot. The gradient is the one that the optimizer is about to step with, which costs
+nothing more, or that of a held-out batch.
 
-The gradient is the one that the optimizer is about to step with, which costs nothing more, or that of a held-out batch.
+(Without curvature the tangent is that of Hessian-free step-size adaptation: IDBD, Sutton, AAAI 1992; MetaOptimize,
+Sharifnassab et al., ICML 2025. CLARA, arXiv 2508.05408, compares the length of a path with that of a random walk.)
 """
 
 from __future__ import annotations
@@ -26,18 +27,24 @@ from torch.nn.parameter import is_lazy
 
 from lightning_l2l.preserve import local
 
-# All constants were chosen on one half of the population of tests/benchmarks/population, and judged on the other half.
-_FIRST_UPDATE, _RATIO = 10, 1.2  # updates follow 10, 12, 14.4, ... steps
-_SAMPLES = 128  # measurements in each doubling of the steps, about
-_SPEED, _MARGIN, _FULL = 2.0, 0.05, 0.2  # a mean cosine of -(_MARGIN + _FULL) or less is full speed upwards
-_EARLY_MARGIN, _EARLY_PART = 0.15, 0.2  # early on, progress alone is no evidence: a larger margin
-_HELD = 0.9
-_DECAY_AT, _NOISY = 0.8, -0.05
-_STILL, _RAMP, _RAMP_STEPS = 3e-4, 1.5, 60
-_AT_ONCE, _BELOW = 6, 0.7
+# The constants of the rule were chosen on one half of the task families of tests/benchmarks/population; docs/no-harm.md
+# has their results on the other half.
+_SMALL = 2**14  # entries: tensors up to this size are measured together
+_AVERAGE = 9  # the average moves by 9 / (t + 9) of the way: a mean age of an eighth of the steps
+_SAMPLES = 128  # measurements each time that the number of steps doubles, about
+_FIRST_UPDATE, _RATIO = 10, 1.2  # updates follow 10, 12, 15, ... steps
+_SPEED = 2.0  # the most that the log of the rate moves for each unit of the log of time
+_MARGIN, _FULL = 0.05, 0.2  # a cosine down to -_MARGIN is no reason to rise; _FULL beyond it is full speed
+_EARLY_MARGIN, _EARLY = 0.3, 0.2  # early on every rate makes progress, so the margin is larger
+_PEAK = 0.9  # of its largest value: a schedule below it is coming down, which is no reason to rise against it
+_DECAY_AT, _PROGRESS = 0.85, -0.02  # a cosine below _PROGRESS: the training gets on, and the rate does not decay
+_STILL, _RAMP, _RAMP_STEPS, _UNANIMOUS = 5e-4, 2.0, 60, -0.1
+_AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
+_HELD_OUT_MEMORY, _FEW_PASSES = 0.6, 3
 
 _STATE = (
-    "log_factors", "ramp_steps", "_floor", "_ceilings", "_peaks", "_sums", "_decay_from", "_last", "_next", "_origin",
+    "log_factors", "ramp_steps", "_floor", "_ceilings", "_sums", "_held_out", "_peak", "_scheduled", "_decay_from",
+    "_last", "_next", "_origin",
 )  # fmt: skip
 
 
@@ -64,29 +71,23 @@ class RunningAverage:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self.is_sharded = False
         self._average: dict[Tensor, Tensor] = {}
+        self._followed: list[int] = []
         self._last = 0
         self.follow()
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether sums over the parameters are sums over all processes (FSDP2)."""
-        return any(hasattr(parameter, "to_local") for parameter in self._average)
-
     def follow(self) -> None:
         """Parameters that are new, or newly trained, are followed from where they are; frozen ones no longer."""
-        trained = [
-            parameter
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad and not is_lazy(parameter)
-        ]
-        if len(trained) != len(self._average) or any(p not in self._average for p in trained):
-            self._average = {p: self._average[p] if p in self._average else _copied(p) for p in trained}
-
-    def parameters(self, group: int) -> list[Tensor]:
-        """The followed parameters of a group."""
-        return [p for p in self.optimizer.param_groups[group]["params"] if p in self._average]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        followed = [id(parameter) for parameter in parameters]
+        if followed == self._followed:
+            return
+        parameters = [parameter for parameter in parameters if not is_lazy(parameter)]
+        self._average = {p: self._average[p] if p in self._average else _copied(p) for p in parameters}
+        self._followed = followed if len(parameters) == len(followed) else []
+        # Then sums over the parameters are sums over all processes (FSDP2).
+        self.is_sharded = any(hasattr(parameter, "to_local") for parameter in parameters)
 
     @torch.no_grad()
     def fold(self, step: int) -> None:
@@ -95,39 +96,50 @@ class RunningAverage:
         Args:
             step: Steps made so far. Where some are left out, the weights count as if they had been the same all along.
         """
-        stays = math.prod(t / (t + 9) for t in range(self._last + 1, step + 1))
+        stays = math.prod([t / (t + _AVERAGE) for t in range(self._last + 1, step + 1)])
         averages = list(self._average.values())
-        torch._foreach_lerp_(averages, [local(p).to(a.dtype) for p, a in self._average.items()], 1 - stays)
+        torch._foreach_lerp_(averages, self._seen_as(list(self._average), averages), 1 - stays)
         self._last = step
+
+    def _seen_as(self, tensors: list[Tensor], averages: list[Tensor]) -> list[Tensor]:
+        """Local shards of weights or gradients, in the dtypes of the averages."""
+        if self.is_sharded:
+            tensors = [local(tensor) for tensor in tensors]
+        return [t if t.dtype == a.dtype else t.to(a.dtype) for t, a in zip(tensors, averages, strict=True)]
 
     @torch.no_grad()
     def measure(self, group: int) -> Tensor:
         """Where a group stands: ``[<g, d>, <g, g>, <d, d>, <w, w>]`` for gradient g, displacement d and weights w.
 
-        Sums over this process's shards; parameters without a gradient do not count. One float64 tensor (float32 on
-        Apple's GPUs) on the device, so nothing waits for it.
+        Sums over all shards; parameters without a gradient do not count. Where the optimizer maximizes, the sign of g
+        is turned. One float64 tensor (float32 on Apple's GPUs) on the device, so nothing waits for it.
         """
-        parameters = [
-            p for p in self.optimizer.param_groups[group]["params"] if p in self._average and p.grad is not None
-        ]
+        options = self.optimizer.param_groups[group]
+        parameters = [p for p in options["params"] if p.grad is not None and p in self._average]
         if not parameters:
             return torch.zeros(4)
         averages = [self._average[p] for p in parameters]
-        weights = [local(p).to(a.dtype) for p, a in zip(parameters, averages, strict=True)]
-        gradients = [_dense(local(p.grad)).to(a.dtype) for p, a in zip(parameters, averages, strict=True)]
-        moved = torch._foreach_sub(weights, averages)
-        double = torch.float32 if weights[0].device.type == "mps" else torch.float64
-        squares = [
-            torch.stack(torch._foreach_norm(tensors)).to(double).square() for tensors in (gradients, moved, weights)
-        ]
-        along = torch.stack([part.sum() for part in torch._foreach_mul(gradients, moved)]).to(double)
-        if self.optimizer.param_groups[group].get("maximize"):
-            along = -along
-        sums = torch.stack([along, *squares])
+        gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
+        parts = list(
+            zip(self._seen_as(parameters, averages), averages, self._seen_as(gradients, averages), strict=True)
+        )
         if not self.is_sharded:
-            return sums.sum(1)
-        total = (sums * torch.tensor([_share(p) for p in parameters], dtype=double, device=sums.device)).sum(1)
-        torch.distributed.all_reduce(total)
+            parts = _joined(parts)  # one call each for many small tensors
+        rows = []
+        for weights, average, gradient in parts:
+            moved = (weights - average).view(-1)
+            weights, gradient = weights.reshape(-1), gradient.reshape(-1)
+            rows += [gradient.dot(moved), gradient.dot(gradient), moved.dot(moved), weights.dot(weights)]
+        device = rows[0].device
+        double = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.stack([row.to(device) for row in rows]).to(double).view(-1, 4)
+        if self.is_sharded:
+            sums = sums * torch.tensor([[_share(p)] for p in parameters], dtype=double, device=device)
+        total = sums.sum(0)
+        if self.is_sharded:
+            torch.distributed.all_reduce(total)
+        if options.get("maximize"):
+            total[0].neg_()
         return total
 
     @torch.no_grad()
@@ -136,9 +148,9 @@ class RunningAverage:
         for parameter, average in self._average.items():
             local(parameter).copy_(average)
 
-    def restart(self) -> None:
-        """Begin anew from the present weights."""
-        self._average, self._last = {}, 0
+    def restart(self, step: int) -> None:
+        """Begin anew from the weights after so many steps."""
+        self._average, self._followed, self._last = {}, [], step
         self.follow()
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,13 +165,19 @@ class RunningAverage:
             self._last = state["last"]
 
 
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The same with the small tensors of one device and dtype end to end."""
+    small = [part for part in parts if part[0].numel() <= _SMALL and part[0].dtype == parts[0][0].dtype]
+    if len(small) < 3 or len({tensor.device for tensor, _, _ in parts}) > 1:
+        return parts
+    joined = tuple(torch.cat([tensor.reshape(-1) for tensor in column]) for column in zip(*small, strict=True))
+    chosen = {id(part) for part in small}
+    return [part for part in parts if id(part) not in chosen] + [joined]  # type: ignore[list-item]
+
+
 def _copied(parameter: Tensor) -> Tensor:
     weights = local(parameter)
     return weights.to(torch.promote_types(weights.dtype, torch.float32), copy=True)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _share(parameter: Tensor) -> float:
@@ -173,14 +191,21 @@ def _share(parameter: Tensor) -> float:
 
 
 class Rule:
-    """When and by how much learning rates move. Its state is plain numbers, its inputs are too.
+    """When and by how much learning rates move: plain numbers in, plain numbers out.
+
+    The evidence is the mean cosine of gradient and displacement since the last update, and its standard error. Far
+    below the best constant rate it is clearly negative, at the best rate about zero, above it positive, whatever the
+    task, the optimizer and the length. The rate rises while it is clearly negative, and falls back while it is
+    positive, but not below the rate that the user gave: what noise costs there, a decay at the end takes away. All of
+    it is in proportion to the steps so far, so that 100 and 100,000 steps are the same problem.
 
     Args:
-        groups: The number of parameter groups.
+        units: How many learned factors there are: one for the optimizer, or one for each parameter group.
+        base_rate: The largest base rate at the start.
         planned_steps: The length of the training; ``inf`` where nobody knows.
         every_n_steps: Steps from one update to the next; ``None``: in proportion to the steps so far.
         speed: A multiple of the usual speed; 0 only observes.
-        ramps: Whether a rate that is far too small rises in the first steps already.
+        ramps: Whether a rate that hardly moves the weights rises in the first steps already.
         decays: Whether the rate may fall to zero at the end.
         plays: Whether this is one player of a game, whose steps count against those of others. It may go on for ever in
             one direction without progress, so there only a rate that is far too small rises.
@@ -188,8 +213,9 @@ class Rule:
 
     def __init__(
         self,
-        groups: int,
+        units: int,
         *,
+        base_rate: float,
         planned_steps: float,
         every_n_steps: int | None,
         speed: float,
@@ -197,121 +223,137 @@ class Rule:
         decays: bool,
         plays: bool = False,
     ) -> None:
-        self.only_observes = speed == 0
-        self.log_factors = [0.0] * groups
-        self.ramp_steps = 0
         self.planned_steps = planned_steps
+        self.only_observes = speed == 0
+        self.ramps = ramps and speed > 0
+        self.log_factors = [0.0] * units
+        self.ramp_steps = 0
         self._every = every_n_steps
         self._speed = speed * _SPEED
-        self.ramps = ramps and speed > 0
-        self._decays = decays and speed > 0
+        self._decays = decays and speed > 0 and planned_steps < math.inf
         self._plays = plays
         self._floor = 0.0
-        self._ceilings = [math.inf] * groups
-        self._peaks = [0.0] * groups
-        self._sums = [[0.0, 0.0, 0.0] for _ in range(groups)]
+        self._ceilings = [math.inf] * units
+        self._sums = [[0.0, 0.0, 0.0] for _ in range(units)]
+        self._held_out = [0.0] * units
+        self._peak = self._scheduled = base_rate
         self._decay_from = math.inf
-        self._last, self._next = 0, float(every_n_steps or _FIRST_UPDATE)
+        self._last = 0
+        self._next = float(every_n_steps or _FIRST_UPDATE)
+        self._decay_at = math.ceil(_DECAY_AT * planned_steps) if self._decays else math.inf
         self._origin = 0
 
-    def resize(self, groups: int) -> None:
+    def resize(self, units: int) -> None:
         """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
-        for values, new in ((self.log_factors, 0.0), (self._ceilings, math.inf), (self._peaks, 0.0)):
-            values[groups:] = [new] * (groups - len(values))
-        self._sums[groups:] = [[0.0, 0.0, 0.0] for _ in range(groups - len(self._sums))]
+        for values, new in ((self.log_factors, 0.0), (self._ceilings, math.inf), (self._held_out, 0.0)):
+            values[units:] = [new] * (units - len(values))
+        self._sums[units:] = [[0.0, 0.0, 0.0] for _ in range(units - len(self._sums))]
 
     def samples(self, step: int) -> bool:
-        """Whether to measure the cosine before the step after so many, and to fold the weights into the average."""
+        """Whether the step after so many is measured, and folded into the average."""
         return step % max(1, step // _SAMPLES) == 0
 
     def is_due(self, step: int) -> bool:
         """Whether an update follows so many steps."""
-        return step >= self._next
+        return step >= round(self._next) or self._last < self._decay_at <= step
 
     def is_ramping(self, step: int) -> bool:
         """Whether the rate has risen at once since the last update, and may go on."""
         return self.ramp_steps > self._last and step < _RAMP_STEPS
 
-    def see(self, step: int, measured: Iterable[Sequence[Sequence[float]]]) -> None:
-        """Measurements since the last call, each ``[<g, d>, <g, g>, <d, d>, <w, w>]`` for every group."""
-        for sums in measured:
-            for index, (along, gradient, moved, weights) in enumerate(sums):
-                found = cosine(along, gradient, moved)
-                if not math.isfinite(found):
-                    continue
-                mine = self._sums[index]
-                for power in range(3):
-                    mine[power] += found**power
-                if self.ramps and step - self._origin > 2 and step < _RAMP_STEPS:
-                    if moved < _STILL**2 * weights and mine[1] < -0.1 * mine[0]:
-                        self.log_factors[index] += math.log(_RAMP)
-                        self.ramp_steps = step
+    def see(self, step: int, measured: Iterable[Sequence[float]], unit: int = 0) -> None:
+        """Measurements of a unit since the last call, each ``[<g, d>, <g, g>, <d, d>, <w, w>]``."""
+        sums = self._sums[unit]
+        for along, gradient, moved, weights in measured:
+            found = cosine(along, gradient, moved)
+            if math.isnan(found):
+                continue
+            sums[0] += 1
+            sums[1] += found
+            sums[2] += found**2
+            hardly_moved = step - self._origin > 3 and step <= _RAMP_STEPS and moved < _STILL**2 * weights
+            if self.ramps and hardly_moved and sums[1] < _UNANIMOUS * sums[0]:
+                self.log_factors[unit] += math.log(_RAMP)
+                self.ramp_steps = step
 
-    def update(self, step: int, base_rates: Sequence[float]) -> dict[str, Any]:
-        """Move the rates by what was seen since the last update.
+    def evidence(self, unit: int = 0) -> tuple[float, float]:
+        """The mean cosine since the last update and its standard error; NaN and 1 where nothing was measured."""
+        count, total, squares = self._sums[unit]
+        if count == 0:
+            return math.nan, 1.0
+        mean = total / count
+        return mean, math.sqrt(max(0.0, squares / count - mean**2) / count) if count >= 3 else 1.0
+
+    def update(self, step: int, scheduled: float, held_out: Sequence[float] = (), passes: float = 0.0) -> None:
+        """Move the factors by what was seen since the last update.
 
         Args:
             step: Steps made so far.
-            base_rates: The present base rates: while a schedule is below nine tenths of its peak, nothing moves.
-
-        Returns:
-            The evidence, for the record: the mean cosine of each group, and its standard error.
+            scheduled: The present base rate, in any unit.
+            held_out: The cosine of each unit's held-out gradient, where there is one. Where that is larger than the
+                training gradients', it is what counts: the network is learning its training data by heart.
+            passes: How often the training has seen its data. Without held-out gradients nothing rises after a few
+                passes, since a network that learns its data by heart has unanimous training gradients, too.
         """
-        means, errors = zip(*(_mean_and_error(*sums) for sums in self._sums), strict=True)
-        span = math.log(step / self._last) if self._last else math.log(_RATIO)
-        left = 1 - step / (_EARLY_PART * self.planned_steps) if self.planned_steps < math.inf else 0.0
-        margin = _MARGIN + _EARLY_MARGIN * max(0.0, left)
-        for index, (mean, error, rate) in enumerate(zip(means, errors, base_rates, strict=True)):
-            self._peaks[index] = max(self._peaks[index], rate)
-            if not self._decay_from == math.inf or rate < _HELD * self._peaks[index] or math.isnan(mean):
+        # A warm-up is a plan, and a schedule that comes down makes the gradients unanimous again.
+        is_level = self._scheduled >= scheduled >= _PEAK * self._peak
+        self._peak, self._scheduled = max(self._peak, scheduled), scheduled
+        span = math.log(step / self._last) if self._every and self._last else math.log(_RATIO)
+        early = max(0.0, 1 - step / (_EARLY * self.planned_steps))
+        means = []
+        for unit, value in enumerate(self.log_factors):
+            mean, error = self.evidence(unit)
+            if held_out and not math.isnan(held_out[unit]):
+                self._held_out[unit] += (1 - _HELD_OUT_MEMORY) * (held_out[unit] - self._held_out[unit])
+                mean = max(mean, self._held_out[unit])
+            elif passes > _FEW_PASSES:
+                mean = max(mean, -_MARGIN)
+            means.append(mean)
+            if math.isnan(mean) or not is_level or self._decay_from < math.inf:
                 continue
-            rise = min(1.0, max(0.0, (-margin - mean - error) / _FULL))
+            rise = min(1.0, max(0.0, (-mean - error - _MARGIN - _EARLY_MARGIN * early) / _FULL))
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
             if self._plays:
                 rise = 0.0
-            before = self.log_factors[index]
-            moved = before + self._speed * span * (rise - fall)
-            # Never below what the user gave: noise is what the end of the training takes away.
-            self.log_factors[index] = max(min(moved, self._ceilings[index]), min(self._floor, before))
-        if self._decays and step >= _DECAY_AT * self.planned_steps - 1 and self._decay_from == math.inf:
-            if max((mean for mean in means if not math.isnan(mean)), default=-1.0) > _NOISY:
-                self._decay_from = step
+            moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
+            self.log_factors[unit] = max(moved, min(self._floor, value))
+        if step >= self._decay_at and self._decay_from == math.inf and any(mean > _PROGRESS for mean in means):
+            self._decay_from = step
         self._sums = [[0.0, 0.0, 0.0] for _ in means]
         self._last = step
-        self._next = step + self._every if self._every else self._next * _RATIO
-        if self._next > _DECAY_AT * self.planned_steps > step:
-            self._next = _DECAY_AT * self.planned_steps
-        return {"cosine": list(means), "cosine_error": list(errors)}
+        while round(self._next) <= step:
+            self._next = self._next + self._every if self._every else self._next * _RATIO
 
-    def factors(self, step: int) -> list[float]:
-        """What the base rate of each group is multiplied by in the step after so many."""
-        decay = 1.0
-        if self._decay_from < math.inf:
-            decay = max(0.0, (self.planned_steps - step) / (self.planned_steps - self._decay_from))
-        return [math.exp(value) * decay for value in self.log_factors]
+    @property
+    def is_decaying(self) -> bool:
+        """Whether the factors change at every step."""
+        return self._decay_from < math.inf
 
-    def is_stuck(self, means: Sequence[float], errors: Sequence[float]) -> bool:
-        """Whether all steps clearly overshoot."""
-        return all(mean - 2 * error > 0 for mean, error in zip(means, errors, strict=True))
+    def factor(self, step: int, unit: int = 0) -> float:
+        """What the base rate is multiplied by in the step after so many."""
+        if self._decay_from == math.inf:
+            return math.exp(self.log_factors[unit])
+        left = max(0.0, (self.planned_steps - step) / (self.planned_steps - self._decay_from))
+        return math.exp(self.log_factors[unit]) * left
 
     def cut(self, step: int) -> float:
         """The run was taken back: cut the rates, by ten if it was lost at once, else by three.
 
         Returns:
-            What they were multiplied by.
+            What they were divided by.
         """
-        by = math.log(10.0 if step - self._origin < _AT_ONCE else 3.0)
-        for index, value in enumerate(self.log_factors):
-            self._ceilings[index] = value - _BELOW
-            self.log_factors[index] = value - by
-            self._floor = min(self._floor, value - by)
+        by = _CUT_AT_ONCE if step - self._origin <= _AT_ONCE else _CUT
+        for unit, value in enumerate(self.log_factors):
+            self._ceilings[unit] = value - math.log(_BELOW)
+            self.log_factors[unit] = value - math.log(by)
+        self._floor = min(self._floor, *self.log_factors)
         self._sums = [[0.0, 0.0, 0.0] for _ in self.log_factors]
         self._origin = step
-        return math.exp(-by)
+        return by
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists of them."""
-        return copy.deepcopy({name: value for name, value in vars(self).items() if name in _STATE})
+        return {name: copy.deepcopy(getattr(self, name)) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
@@ -322,11 +364,3 @@ def cosine(along: float, gradient: float, moved: float) -> float:
     """The cosine of gradient and displacement from their inner product and squared lengths; NaN where there is none."""
     size = math.sqrt(gradient) * math.sqrt(moved) if gradient > 0 and moved > 0 else math.nan
     return max(-1.0, min(1.0, along / size)) if math.isfinite(size) and math.isfinite(along) else math.nan
-
-
-def _mean_and_error(count: float, total: float, squares: float) -> tuple[float, float]:
-    if count < 1:
-        return math.nan, math.nan
-    mean = total / count
-    error = math.sqrt(max(0.0, squares / count - mean**2) / max(count, 2)) if count >= 3 else 1.0
-    return mean, error

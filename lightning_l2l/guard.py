@@ -19,9 +19,9 @@ from lightning_l2l.preserve import local
 # The running mean of the losses moves by this part of the way to each.
 _MEAN = 0.2
 # Times the size of the first loss above it: a mean loss that far is a suspicion at once, and one above `_HIGH` if it
-# stays there for a twentieth of the training, and for ten steps at least.
+# stays there for a twentieth of the training, and for ten steps at least (a hundred where nobody knows its end).
 _FAR, _HIGH = 30.0, 1.0
-_PATIENCE, _SHORTEST = 0.05, 10
+_PATIENCE = 0.05
 _SETTLED = 8
 
 
@@ -46,10 +46,10 @@ class LossWatch:
         self.first = math.nan
         self.mean = math.nan
         self.is_suspicious = False
-        self._patience = max(_SHORTEST, _PATIENCE * planned_steps if planned_steps < math.inf else 0)
-        self._above = 0
-        self._tolerance = 1.0
+        self._patience = max(10.0, _PATIENCE * planned_steps if planned_steps < math.inf else 100.0)
+        self._high = 0
         self._seen = 0  # since the start, or since the run was taken back
+        self._tolerance = 1.0
         self._lowest = math.inf
 
     def see(self, loss: float) -> None:
@@ -62,8 +62,8 @@ class LossWatch:
         self.mean = self.mean + _MEAN * (loss - self.mean) if self._seen else loss
         self._seen += 1
         size = self._tolerance * abs(self.first)
-        self._above = self._above + 1 if self.mean > self.first + _HIGH * size else 0
-        if self.mean > self.first + _FAR * size or self._above > self._patience:
+        self._high = self._high + 1 if self.mean > self.first + _HIGH * size else 0
+        if self.mean > self.first + _FAR * size or self._high > self._patience:
             self.is_suspicious = True
 
     def has_improved(self) -> bool:
@@ -75,20 +75,20 @@ class LossWatch:
 
     def forget(self) -> None:
         """The run was taken back: what comes now is another training from the snapshot."""
-        self._seen, self._above, self.is_suspicious = 0, 0, False
+        self._seen, self._high, self.is_suspicious = 0, 0, False
 
     def unfounded(self) -> None:
         """The suspicion was none: be slower with the next one."""
         self._tolerance *= 4
-        self._above, self.is_suspicious = 0, False
+        self._high, self.is_suspicious = 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        vars(self).update(state)
+        """Go on from a saved state, in a training of its own length."""
+        vars(self).update({**state, "_patience": self._patience})
 
 
 def is_worse(before: Sequence[float], now: Sequence[float]) -> bool:

@@ -54,6 +54,8 @@ class MetaTraining(pl.LightningModule):
         meta_data: ``"val"``: train-by-validation; ``"train"``: train-by-train, on fresh training batches.
         meta_batch: ``"sample"``: one batch of each task for each unroll; ``"full"``: all of the split.
         iterates: ``"before"``: the paper's code's mean over ``w_0 ... w_(K-1)``; needs ``objective="naive_mean"``.
+        schedule: ``"linear"``: the inner steps are multiplied by ``1 - t / T``, so that what is learned suits a
+            learning rate that falls to zero; T is ``episode_steps``, or the length of the unroll.
         meta_optimizer: ``"adam"``, ``"sgd"``, or the paper's code's ``"rmsprop_tf1"``.
         meta_learning_rate: Its learning rate.
         warm_down: The learning rate falls to zero over the Trainer's ``max_steps``, as half a cosine.
@@ -89,6 +91,7 @@ class MetaTraining(pl.LightningModule):
         meta_data: Literal["train", "val"] = "val",
         meta_batch: Literal["sample", "full"] = "sample",
         iterates: Literal["after", "before"] = "after",
+        schedule: Literal["constant", "linear"] = "constant",
         meta_optimizer: MetaOptimizerName = "adam",
         meta_learning_rate: float = 1e-3,
         warm_down: bool = False,
@@ -120,6 +123,8 @@ class MetaTraining(pl.LightningModule):
             )
         if iterates == "before" and estimator.objective != "naive_mean":
             raise ValueError("iterates='before' shifts a mean over the steps: it needs Unroll(objective='naive_mean').")
+        if schedule not in ("constant", "linear"):
+            raise ValueError(f"schedule={schedule!r} must be 'constant' or 'linear'.")
         if meta_optimizer not in get_args(MetaOptimizerName):
             raise ValueError(f"meta_optimizer={meta_optimizer!r} must be one of {list(get_args(MetaOptimizerName))}.")
         if not divergence > 0:
@@ -134,6 +139,7 @@ class MetaTraining(pl.LightningModule):
         self.meta_optimizer, self.meta_learning_rate, self.warm_down = meta_optimizer, meta_learning_rate, warm_down
         self.updates_per_epoch = updates_per_epoch
         self.estimator = estimator
+        self.annealed = schedule == "linear"
         self.meta_loss = MetaLoss(meta_data, meta_batch == "full", iterates)
         # In a tuple, so that the learned optimizer is registered once.
         self._batched = (BatchedTasks(learned),)
@@ -245,6 +251,7 @@ class MetaTraining(pl.LightningModule):
                 tasks=self.tasks_at_once,
                 length=length,
                 divergence=self.divergence,
+                annealed=self.annealed,
                 generator=generator,
                 device=device,
             )

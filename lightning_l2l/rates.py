@@ -2,8 +2,8 @@
 
 The *base rate* of a parameter group is what the user's optimizer, scheduler or hook wrote; the *applied rate* is that
 times the learned factor. Groups show the applied rate, so monitors, progress bars and checkpoints see what is used;
-what others write is taken for the new base rate. Rates that are computed from the one shown (``group["lr"] *= 0.7``, and
-schedules that multiply) would carry the learned factor into the base; :class:`AppliedRate` prevents that.
+what others write is taken for the new base rate. A rate that is computed from the one shown (``group["lr"] *= 0.7``, or
+by a schedule that multiplies) would carry the learned factor into the base; :class:`AppliedRate` prevents that.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ class AppliedRates:
     def refresh(self) -> None:
         """Take over what others have written, and show the applied rates again. Costs a comparison where nobody has."""
         groups = self.optimizer.param_groups
-        if len(groups) == len(self._shown) and all(
-            group["lr"] is shown for group, shown in zip(groups, self._shown, strict=True)
-        ):
+        if len(groups) == len(self._shown) and all(map(operator.is_, [group["lr"] for group in groups], self._shown)):
             return
         seen: set[int] = set()
         for index, group in enumerate(groups):
@@ -141,7 +139,10 @@ class AppliedRates:
                 seen.add(id(rate))
                 self._base[index], self._shown[index] = float(rate), None  # read anew each time
             elif rate is not self._shown[index]:
-                self._base[index] = rate.base if isinstance(rate, AppliedRate) else float(rate)
+                if isinstance(rate, AppliedRate):
+                    self._base[index] = rate.base
+                elif rate != self._shown[index]:  # else a step that raised has left the plain number there
+                    self._base[index] = float(rate)
                 self._show(index)
         del self.factors[len(groups) :], self._base[len(groups) :], self._shown[len(groups) :]
 
@@ -156,19 +157,17 @@ class AppliedRates:
         for index in range(len(self.factors)):
             self._show(index)
 
-    def rebase(self, base: Sequence[float], factors: Sequence[float]) -> None:
-        """Set base rates and factors together: groups that a checkpoint has restored show applied rates.
+    def rebase(self, base: Sequence[float]) -> None:
+        """Set the base rates: groups that a checkpoint has restored show applied rates.
 
         Args:
             base: One rate for each group, or for the first so many.
-            factors: One positive number for each group.
         """
         for group, rate in zip(self.optimizer.param_groups, base, strict=False):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        self.apply(factors)
 
     def _show(self, index: int) -> None:
         group, base, factor = self.optimizer.param_groups[index], self._base[index], self.factors[index]
@@ -178,16 +177,21 @@ class AppliedRates:
         group["lr"] = self._shown[index] = AppliedRate(base * factor if factor != 1 else base, base)
 
     def before_step(self) -> None:
-        """The optimizer is about to step: tensors show the applied rate."""
+        """The optimizer is about to step: tensors show the applied rate, and numbers are plain ones (faster)."""
         self.refresh()
         for group, base, factor in zip(self.optimizer.param_groups, self._base, self.factors, strict=True):
-            if isinstance(group["lr"], Tensor) and factor != 1:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = float(group["lr"])
+            elif factor != 1:
                 group["lr"].fill_(base * factor)
 
     def after_step(self) -> None:
-        """The optimizer has stepped: tensors show the base rate again."""
-        for group, base, factor in zip(self.optimizer.param_groups, self._base, self.factors, strict=True):
-            if isinstance(group["lr"], Tensor) and factor != 1:
+        """The optimizer has stepped: tensors show the base rate again, and numbers know theirs."""
+        groups = zip(self.optimizer.param_groups, self._shown, self._base, self.factors, strict=True)
+        for group, shown, base, factor in groups:
+            if shown is not None and group["lr"] == shown:
+                group["lr"] = shown
+            elif isinstance(group["lr"], Tensor) and factor != 1:
                 group["lr"].fill_(base)
 
     @contextmanager

@@ -232,4 +232,4 @@ class AppliedRecord:
         self._steps = array("q", state["steps"].tolist())
         columns = zip(state["columns"], state["values"].T.tolist(), strict=True)
         self._columns = {name: array("d", column) for name, column in columns}
-        self._last = []
+        self._last = [column[-1] for column in self._columns.values() if column]

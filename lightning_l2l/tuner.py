@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ LARGEST_SAVED = 64 * 2**20
 _MOST_ROLLBACKS = 10
 # Held-out batches by which the snapshot and the present weights are compared.
 _COMPARED = 2
+
+
+# What shares a learned factor.
+Per = Literal["optimizer", "group"]
 
 
 class HeldOutError(RuntimeError):
@@ -55,8 +59,10 @@ class Displacement:
     """The default estimator: learning rates from the cosine of gradient and displacement. Nothing to choose.
 
     Attributes:
+        per: ``"optimizer"``: one factor for all parameter groups, whose ratios stay as you chose them; ``"group"``: a
+            factor for each, from its own cosine.
         final_decay: Where the length of the training is known, you have no schedule, and noise is what limits the loss
-            (the cosine is not negative any more), let the rate fall to zero over the last fifth of the steps.
+            (the cosine is not negative any more), let the rate fall to zero over the last 15 % of the steps.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.full((1,), 5.0))
@@ -72,7 +78,13 @@ class Displacement:
         (True, True)
     """
 
+    per: Per = "optimizer"
     final_decay: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses what means nothing."""
+        if self.per not in get_args(Per):
+            raise ValueError(f"Displacement(per={self.per!r}) is not known; choose one of {list(get_args(Per))}.")
 
     def attach(
         self,
@@ -114,15 +126,16 @@ class Displacement:
         if reason and meta_learning_rate > 0 and not (_is_distributed() and torch.distributed.get_rank()):
             warnings.warn(f"{reason} Its learning rate is left alone, and only observed.", stacklevel=2)
         rule = Rule(
-            len(optimizer.param_groups),
+            len(optimizer.param_groups) if self.per == "group" else 1,
+            base_rate=max([float(group.get("lr") or 0.0) for group in optimizer.param_groups], default=0.0),
             planned_steps=planned_steps,
             every_n_steps=every_n_steps,
             speed=0.0 if reason else meta_learning_rate,
-            ramps=initial_search,
+            ramps=initial_search and not has_schedule,
             decays=self.final_decay and not has_schedule,
             plays=is_player,
         )
-        return Tuner(optimizer, rule, modules=modules, guard=divergence_guard, seed=seed)
+        return Tuner(optimizer, rule, modules=modules, search=initial_search, guard=divergence_guard, seed=seed)
 
 
 class Tuner:
@@ -135,6 +148,7 @@ class Tuner:
         optimizer: Any optimizer that moves its parameters in proportion to ``group["lr"]``.
         rule: When and how rates move.
         modules: Modules whose buffers are taken along by the guard, and put back after a held-out gradient.
+        search: Whether to say what the first steps made of the rate.
         guard: Whether to take a lost run back.
         seed: Of what a held-out loss draws.
 
@@ -145,7 +159,11 @@ class Tuner:
         search_result: What the first steps changed, once they are over; ``None`` where nothing is looked for.
         seen: Optimizer steps when :meth:`step` was last called.
         held_out_error: What the last held-out gradient failed with: the update went on with the training gradients.
+        rollbacks: How often the run was taken back.
+        estimator: What the evidence is, in the records.
     """
+
+    estimator = "displacement"
 
     def __init__(
         self,
@@ -153,6 +171,7 @@ class Tuner:
         rule: Rule,
         *,
         modules: Iterable[nn.Module] = (),
+        search: bool = True,
         guard: bool = True,
         seed: int = 0,
     ) -> None:
@@ -167,6 +186,7 @@ class Tuner:
         self.rollbacks = 0
         self._modules = list(modules)
         self._seed = seed
+        self._searches = search and not rule.only_observes
         self._guards = guard and not rule.only_observes
         self.applied = AppliedRecord()
         self._watch = LossWatch(rule.planned_steps)
@@ -206,10 +226,10 @@ class Tuner:
         return wrapped
 
     def _before_step(self) -> None:
-        if len(self.optimizer.param_groups) != len(self.rule.log_factors):
+        if 1 < len(self.rule.log_factors) != len(self.optimizer.param_groups):
             self.rule.resize(len(self.optimizer.param_groups))
         self.rates.before_step()
-        self.applied.note(self.steps, dict(zip(self._columns(), self.rates.applied, strict=True)))
+        self.applied.note(self.steps, self.values_in_force())
         if self._guards and self._snapshot is None:
             self._snapshot = Snapshot(self._modules, self.optimizer)
         if self.rule.samples(self.steps):
@@ -228,13 +248,21 @@ class Tuner:
         if self.rule.samples(self.steps - 1):
             self.average.fold(self.steps)
 
-    def _columns(self) -> list[str]:
-        """The name of each group's rate in an exported schedule."""
+    def values_in_force(self) -> dict[str, float]:
+        """What the next step uses, by the name of the column in an exported schedule."""
+        return dict(zip(self.columns("lr"), self.rates.applied, strict=True))
+
+    def columns(self, key: str) -> list[str]:
+        """The name of each group's hyperparameter in an exported schedule.
+
+        Args:
+            key: The hyperparameter's key in the groups.
+        """
         groups = self.optimizer.param_groups
         if len(groups) == 1:
-            return ["lr"]
+            return [key]
         labels = [str(group.get("name", index)) for index, group in enumerate(groups)]
-        return [f"lr/{label if len(set(labels)) == len(labels) else index}" for index, label in enumerate(labels)]
+        return [f"{key}/{label if len(set(labels)) == len(labels) else index}" for index, label in enumerate(labels)]
 
     def _measure(self) -> Tensor:
         return torch.stack([self.average.measure(group) for group in range(len(self.optimizer.param_groups))])
@@ -247,6 +275,7 @@ class Tuner:
         *,
         held_out: HeldOutGradient | None = None,
         compare: HeldOutGradient | None = None,
+        passes: float = 0.0,
     ) -> dict[str, Any] | None:
         """To be called after each optimizer step; returns the record of an update, if there was one.
 
@@ -257,6 +286,8 @@ class Tuner:
             held_out: Where held-out gradients come from: :meth:`held_out_gradient` makes one of a function. Without it,
                 the rate is learned from the training gradients alone.
             compare: The same for the guard, which compares two states on the same batch; ``None``: ``held_out``.
+            passes: How often the training has seen its data, where they are finite: without held-out gradients, no rate
+                rises after three passes.
         """
         self._depth = 0  # if the step raised
         if self.steps == self.seen:
@@ -265,20 +296,47 @@ class Tuner:
         if loss is not None:
             value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
             self._losses.append(self._sign * value.reshape(()))
-        due = self.rule.is_due(self.steps)
+        due = self.is_due()
         if not (due or self._reads_now()):
             return None
         losses, measured = self._read()
         for number in losses:
             self._watch.see(number)
-        self.rule.see(self.steps, measured)
+        for unit in self._units:
+            self.rule.see(self.steps, [self._of_unit(sums, unit) for sums in measured], unit)
         if self._guards and self._watch.is_suspicious and self.rollbacks < _MOST_ROLLBACKS:
             record = self._go_back_if_lost(compare or held_out)
             if record is not None:
                 return record
-        record = self._update(held_out) if due else None
-        self.rates.apply(self.rule.factors(self.steps))
+        record = self._update(held_out, passes) if due else None
+        if self.rule.is_decaying or self.rule.is_ramping(self.steps):
+            self._apply()
         return record
+
+    def is_due(self) -> bool:
+        """Whether an update follows the last step."""
+        return self.rule.is_due(self.steps)
+
+    @property
+    def log_factors(self) -> list[float]:
+        """The logarithms of the learned factors: one for the optimizer, or one for each parameter group."""
+        return self.rule.log_factors
+
+    def factors(self) -> list[float]:
+        """What the base rate of each group is multiplied by in the next step."""
+        groups = range(len(self.optimizer.param_groups))
+        return [self.rule.factor(self.steps, min(group, len(self._units) - 1)) for group in groups]
+
+    @property
+    def _units(self) -> range:
+        return range(len(self.rule.log_factors))
+
+    def _of_unit(self, sums: list[list[float]], unit: int) -> list[float]:
+        """What was measured of a parameter group that has a factor of its own, or of all that share one."""
+        return sums[unit] if len(self._units) > 1 else [sum(column) for column in zip(*sums, strict=True)]
+
+    def _apply(self) -> None:
+        self.rates.apply(self.factors())
 
     @property
     def _sign(self) -> float:
@@ -306,39 +364,61 @@ class Tuner:
         rows = [numbers[at : at + 4] for at in range(len(losses), len(numbers), 4)]
         return numbers[: len(losses)], [rows[at : at + groups] for at in range(0, len(rows), groups)]
 
-    def _update(self, held_out: HeldOutGradient | None) -> dict[str, Any]:
-        held_out_loss, held_out_cosine = math.nan, [math.nan] * len(self.optimizer.param_groups)
+    def _update(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
+        if self._searches and self.search_result is None and not self.rule.is_ramping(self.steps):
+            self.search_result = self._end_of_search()
+        found = self.learn(held_out, passes)
+        if self._guards and self._snapshot is not None and self._watch.has_improved():
+            self._snapshot.take()
+        self._apply()
+        return self._record({"training_loss": self._watch.mean, **found})
+
+    def learn(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
+        """What an update learns: gather the evidence, and move the learned factors by it.
+
+        Args:
+            held_out: Where held-out gradients come from.
+            passes: How often the training has seen its data.
+
+        Returns:
+            The evidence, for the record.
+        """
+        held_out_loss, held_out_cosines = math.nan, []
         if held_out is not None:
             try:
                 with held_out(len(self.history), None) as loss:
                     sums = self._measure()
                     *numbers, held_out_loss = torch.cat([sums.flatten(), loss.detach().reshape(1).to(sums)]).tolist()
-                held_out_cosine = [cosine(*numbers[at : at + 3]) for at in range(0, len(numbers), 4)]
+                rows = [numbers[at : at + 4] for at in range(0, len(numbers), 4)]
+                held_out_cosines = [cosine(*self._of_unit(rows, unit)[:3]) for unit in self._units]
             except HeldOutError as error:
                 self.held_out_error = error
-        if self.search_result is None and self.rule.ramps and not self.rule.is_ramping(self.steps):
-            self.search_result = self._end_of_search()
-        found = self.rule.update(self.steps, self.rates.base)
-        if self._guards and self._snapshot is not None and self._watch.has_improved():
-            self._snapshot.take()
-        self.rates.apply(self.rule.factors(self.steps))
-        return self._record({"held_out_loss": held_out_loss, "held_out_cosine": held_out_cosine, **found})
+        evidence = [self.rule.evidence(unit) for unit in self._units]
+        self.rule.update(self.steps, max(self.rates.base, default=0.0), held_out_cosines, passes)
+        return {
+            "held_out_loss": held_out_loss,
+            "cosine": [mean for mean, _ in evidence],
+            "cosine_error": [error for _, error in evidence],
+            "held_out_cosine": held_out_cosines,
+        }
 
     def _end_of_search(self) -> SearchResult:
         steps, factor = self.rule.ramp_steps, math.exp(self.rule.log_factors[0])
         rate = self.rates.base[0] * factor
+        if not self.rule.ramps:
+            return SearchResult(rate, 0, "a schedule is a plan, so the rate is where it says")
         if steps == 0:
             return SearchResult(rate, 0, "the given rate moves the weights, so it stays")
         return SearchResult(rate, steps, f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}")
 
     def _record(self, found: dict[str, Any], trouble: str = "", note: str = "") -> dict[str, Any]:
-        record = {
+        diagnostics = found.pop("diagnostics", {})
+        record: dict[str, Any] = {
             "step": self.steps,
             "learning_rates": self.rates.applied,
             "base_rates": self.rates.base,
-            "training_loss": self._watch.mean,
             **found,
-            "diagnostics": {"trouble": trouble, "note": note, "estimator": "displacement"},
+            "diagnostics": {"trouble": trouble, "note": note, "estimator": self.estimator, **diagnostics},
         }
         self.history.append(record)
         return record
@@ -354,14 +434,14 @@ class Tuner:
                 return None
         snapshot.restore()
         self._measured, self._losses = [], []
-        self.average.restart()
+        self.average.restart(self.steps)
         cut = self.rule.cut(self.steps)
         self._watch.forget()
         self.rollbacks += 1
-        self.rates.apply(self.rule.factors(self.steps))
+        self._apply()
         note = (
             "The training had diverged. Weights and buffers were taken back to the last good snapshot, the optimizer's "
-            f"state begins anew, and the learning rate was multiplied by {cut:.2g}."
+            f"state begins anew, and the learning rate was divided by {cut:g}."
         )
         if self.rollbacks == _MOST_ROLLBACKS:
             note += (
@@ -371,8 +451,11 @@ class Tuner:
         return self._record({}, "rolled_back", note)
 
     def _loss(self, compare: HeldOutGradient, number: int, before: Callable[[], None] | None) -> float:
-        with compare(len(self.history) + number, before) as loss:
-            return self._sign * float(loss)
+        try:
+            with compare(len(self.history) + number, before) as loss:
+                return self._sign * float(loss)
+        except HeldOutError:  # a step may refuse weights that have diverged
+            return math.nan
 
     def held_out_gradient(self, loss: Callable[[], Tensor]) -> HeldOutGradient:
         """Held-out gradients of a function, for loops of plain PyTorch.
@@ -428,7 +511,7 @@ class Tuner:
         """
         if len(state["base_rates"]) > len(self.optimizer.param_groups):
             raise ValueError(
-                f"The saved state is of an optimizer with {len(state['base_rates'])} parameter groups, and this one has "
+                f"The saved state is of an optimizer with {len(state['base_rates'])} parameter groups; this one has "
                 f"{len(self.optimizer.param_groups)}. Resume with the optimizer that was saved."
             )
         self.steps, self.seen, self.rollbacks = state["steps"], state["seen"], state["rollbacks"]
@@ -443,7 +526,8 @@ class Tuner:
         self.history = copy.deepcopy(state["history"])
         self.search_result = SearchResult(**state["search_result"]) if state["search_result"] else None
         # The optimizer's saved groups show the applied rates.
-        self.rates.rebase(state["base_rates"], self.rule.factors(self.steps))
+        self.rates.rebase(state["base_rates"])
+        self._apply()
 
     def close(self) -> None:
         """Leave the optimizer: no hooks, plain numbers in the groups, at the applied rates."""

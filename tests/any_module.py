@@ -64,7 +64,8 @@ def fit(make: Callable[[], Any] | pl.LightningModule, *callbacks: pl.Callback, *
 
 def observer(**options: Any) -> LearnToLearn:
     """A callback that computes everything and applies nothing."""
-    return LearnToLearn(meta_learning_rate=0, initial_search=False, every_n_steps=3, **options)
+    defaults = {"meta_learning_rate": 0, "initial_search": False, "every_n_steps": 3, "meta_data": "val"}
+    return LearnToLearn(**{**defaults, **options})
 
 
 def highest(callback: LearnToLearn, group: int = -1) -> float:
@@ -80,7 +81,7 @@ def same_state(left: Any, right: Any) -> bool:
 
 def unchanged(make: Callable[[], pl.LightningModule], **options: Any) -> bool:
     """Whether a callback that only watches, with held-out gradients, leaves a fit bit for bit as it is."""
-    callback = observer()
+    callback = observer(meta_data="auto")
     watched, plain = fit(make, callback, **options), fit(make, **options)
     assert callback.history
     return same_state(watched, plain)

@@ -212,7 +212,7 @@ def test_a_rate_tensor_that_groups_share_becomes_one_for_each() -> None:
         def configure_optimizers(self) -> Any:
             return optim.AdamW([{"params": self.net[0].parameters()}, {"params": self.net[2].parameters()}], lr=1e-6)
 
-    tensors, numbers = LearnToLearn(), LearnToLearn()
+    tensors, numbers = (LearnToLearn(Displacement(per="group")) for _ in range(2))
     fit(Shared, tensors, max_epochs=8), fit(Numbers, numbers, max_epochs=8)
     assert tensors.learning_rates[0] != tensors.learning_rates[1]
     assert tensors.learning_rates == pytest.approx(numbers.learning_rates, rel=1e-2)  # a float32 tensor holds the rate

@@ -56,10 +56,11 @@ def test_quadratic_meta_gradients_are_those_of_the_closed_form(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     rows = load("quadratic").main(["--quick"])
-    assert [step for step, *_ in rows] == list(range(2, 41, 2))
+    assert [step for step, *_ in rows] == list(range(10, 41, 2))  # once there are ten steps to unroll
     for _, _, _, found, exact in rows:
         assert found == pytest.approx(exact, rel=1e-9)  # float64; ten steps of rounding
-    assert all(rate > 1e-4 for _, rate, *_ in rows)  # from 1e-6: the initial search has found the region
+    rates = [rate for _, rate, *_ in rows]
+    assert rates == sorted(rates) and rates[-1] > 3 * rates[0]  # a hundredth of the best one to start with
     assert "in closed form" in capsys.readouterr().out
     assert (tmp_path / "quadratic.png").stat().st_size > 10_000
 

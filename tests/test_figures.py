@@ -10,7 +10,7 @@ import torch
 from helpers import MemoryLogger, Plain, learner, loaders
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_l2l import LearnToLearn, TinyOptimizer
+from lightning_l2l import LearnToLearn, SmallFCOptimizer
 
 pytest.importorskip("matplotlib")
 
@@ -91,7 +91,7 @@ def test_loggers_without_figures_and_their_files_stay_as_they_are(trainer: Any, 
 
 def test_a_learned_optimizer_without_rates_of_its_own_is_drawn_too(trainer: Any) -> None:
     torch.manual_seed(0)
-    tiny = TinyOptimizer()
+    tiny = SmallFCOptimizer()
     logger = FigureLogger()
     trainer(learner(initial_search=False, meta_learning_rate=1e-3), logger=logger).fit(
         Plain(lambda parameters: tiny.as_torch_optimizer(parameters)), **loaders()

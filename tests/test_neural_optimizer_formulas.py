@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_l2l import LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, Unroll, meta_gradient
+from lightning_l2l import LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, UnitStepOptimizer, Unroll, meta_gradient
 from lightning_l2l.exact.episodes import Episode
 from lightning_l2l.learned.layout import Layout
 
@@ -313,3 +313,55 @@ def test_lstm_state_is_carried_from_one_unroll_to_the_next():
     fresh = meta_gradient(loss, start, learned, [0.0, 0.5], 1.5)
     carried = meta_gradient(loss, start, learned, [0.0, 0.5], 1.5, state=state)
     assert fresh.value != carried.value
+
+
+def unit_step_of_one_tensor(learned, p, g, m, v, t):
+    """The step of one tensor, in the words of the docstring; ``m`` and ``v`` before the step are changed in place."""
+    rms = lambda x: x.square().mean().sqrt()  # noqa: E731
+    before = [m[0].clone(), m[1].clone()]
+    for i, decay in enumerate((0.9, 0.99, 0.999)):
+        m[i].mul_(decay).add_((1 - decay) * g)
+    for i, decay in enumerate((0.95, 0.999)):
+        v[i].mul_(decay).add_((1 - decay) * g * g)
+    mh = [x / (1 - decay ** (t + 1)) for x, decay in zip(m, (0.9, 0.99, 0.999), strict=True)]
+    vh = [x / (1 - decay ** (t + 1)) for x, decay in zip(v, (0.95, 0.999), strict=True)]
+    mean = vh[1].mean()
+    roots = [1 / (x + 1e-6 * mean).sqrt() for x in vh]
+    factored = vh[1]
+    if p.dim() > 1:
+        order = sorted(range(p.dim()), key=lambda position: (p.shape[position], position))
+        factored = vh[1].mean(order[-1], keepdim=True) * vh[1].mean(order[-2], keepdim=True) / mean
+    ratio = 1 / (factored + 1e-6 * mean).sqrt()
+    adam = [x * roots[1] for x in mh]
+    coordinate = [*mh, g, p, *adam, g * roots[1], mh[0] * roots[0], g * ratio, mh[0] * ratio, vh[1] * roots[1]]
+    sizes = [rms(x) for x in coordinate]
+    sizes[4] = (p.square().mean() + 1e-3).sqrt()
+    unit = [x / size for x, size in zip(coordinate, sizes, strict=True)]
+    cosine = lambda a, b: (a * b).mean() / (rms(a) * rms(b) + 1e-300)  # noqa: E731
+    of_tensor = [rms(x) for x in adam] + [cosine(g, x) for x in before] + [cosine(mh[0], mh[2])]
+    of_tensor += [torch.tensor(float(p.dim() > 1), dtype=torch.float64), 0.3 * sizes[4].log()]
+    values = torch.stack([x.flatten() for x in unit] + [x.expand(p.numel()) for x in of_tensor])
+    for index, (weight, bias) in enumerate(zip(learned.network.weights, learned.network.biases, strict=True)):
+        values = weight @ (values.relu() if index else values) + bias[:, None]
+    moved = unit[5] + values[0].reshape(p.shape)
+    return learned.step_multiplier * values[1].mean().clamp(-3, 3).exp() * moved / rms(moved)
+
+
+@torch.no_grad()
+def test_unit_step_updates_equal_the_formulas():
+    torch.manual_seed(0)
+    learned = UnitStepOptimizer().double()
+    learned.set_({name: 0.3 * torch.randn_like(parameter) for name, parameter in learned.named_parameters()})
+    parameters = tensors(0)
+    optimizer = learned.transformation()
+    state = optimizer.init(parameters)
+    averages = {n: [[torch.zeros_like(p) for _ in range(count)] for count in (3, 2)] for n, p in parameters.items()}
+    for number in range(4):
+        gradients = tensors(number + 1)
+        updates, state = optimizer.update(gradients, state, params=parameters)
+        for name, parameter in parameters.items():
+            step = unit_step_of_one_tensor(learned, parameter, gradients[name], *averages[name], number)
+            # Floors of 1e-12 under squares of order one.
+            torch.testing.assert_close(updates[name], -step, rtol=1e-9, atol=1e-11)
+        parameters = {name: tensor + updates[name] for name, tensor in parameters.items()}
+    assert count(learned) == 266

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_l2l import LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, Unroll, meta_gradient
+from lightning_l2l import LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, UnitStepOptimizer, Unroll, meta_gradient
 
 # Small, so that forward mode over all meta-parameters is quick.
 MAKERS = {
     "mlp": lambda **kw: MLPOptimizer(hidden_size=2, step_multiplier=0.05, initialisation="scaled", **kw),
     "small_fc": lambda **kw: SmallFCOptimizer(hidden_size=2, step_multiplier=0.05, **kw),
+    "unit_step": lambda **kw: UnitStepOptimizer(hidden_size=2, step_multiplier=0.05),
     "lstm": lambda **kw: LSTMOptimizer(hidden_size=2, step_multiplier=0.05, **kw),
 }
 KINDS = pytest.mark.parametrize("kind", list(MAKERS))
+OPTIONAL = [kind for kind in MAKERS if kind != "unit_step"]  # where normalising the steps is an option
 SHAPES = {"matrix": (3, 2), "vector": (3,), "scalar": (), "cube": (2, 2, 3), "other": (3, 2)}
 
 
@@ -22,7 +24,8 @@ def make(kind, **options):
     learned = MAKERS[kind](**options).double()
     # Biases off zero: where all units of a small network are dead its output is the last bias, and normalising a
     # zero output has a derivative of 1e-9**-1/2, whose curvature no difference quotient resolves.
-    learned.set_({name: 0.3 * torch.randn_like(p) for name, p in learned.named_parameters() if "biases" in name})
+    redrawn = "" if kind == "unit_step" else "biases"  # whose last layer would be zero
+    learned.set_({name: 0.3 * torch.randn_like(p) for name, p in learned.named_parameters() if redrawn in name})
     return learned
 
 
@@ -42,8 +45,10 @@ def loss(parameters, batch):
 BATCHES = [tensors(seed) for seed in (10, 11, 12)]
 
 
-@KINDS
-@pytest.mark.parametrize("normalise_output", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "normalise_output"),
+    [*((kind, choice) for kind in OPTIONAL for choice in (False, True)), ("unit_step", True)],
+)
 def test_meta_gradient_equals_central_differences(kind, normalise_output):
     def result_of(learned):
         estimator = Unroll(objective="naive_mean", mode="reverse")
@@ -103,7 +108,9 @@ def test_vmap_over_tasks_at_different_steps_equals_a_loop(kind):
             torch.testing.assert_close(states[name][number], value, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(("kind", "sees_time"), [("mlp", True), ("small_fc", True), ("lstm", False)])
+@pytest.mark.parametrize(
+    ("kind", "sees_time"), [("mlp", True), ("small_fc", True), ("unit_step", True), ("lstm", False)]
+)
 def test_a_later_step_is_another_step_where_the_network_sees_the_time(kind, sees_time):
     optimizer, parameters = make(kind).transformation(), tensors(0)
     state = optimizer.init(parameters)
@@ -188,7 +195,7 @@ def test_a_dead_unit_keeps_the_meta_gradient_finite(kind):
     assert all(gradient.isfinite().all() for gradient in result.gradients.values())
 
 
-@KINDS
+@pytest.mark.parametrize("kind", OPTIONAL)
 def test_a_normalised_output_has_the_multiplier_as_its_size_in_each_tensor(kind):
     optimizer, parameters = make(kind, normalise_output=True).transformation(), tensors(0)
     updates, _ = optimizer.update(tensors(1), optimizer.init(parameters), params=parameters)
@@ -196,7 +203,7 @@ def test_a_normalised_output_has_the_multiplier_as_its_size_in_each_tensor(kind)
         assert updates[name].square().mean().sqrt().item() == pytest.approx(0.05, rel=1e-4)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", OPTIONAL)
 def test_an_initial_output_of_zero_starts_at_rest(kind):
     cls = type(make(kind))
     optimizer = (cls(initial_output="zero") if kind == "lstm" else cls(initialisation="zero_output")).transformation()

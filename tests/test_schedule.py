@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lightning_l2l import LearnedHyperparameters, LearnedSchedule, LearnedStepSize, LearnToLearn, TinyOptimizer
+from lightning_l2l import LearnedHyperparameters, LearnedSchedule, LearnedStepSize, LearnToLearn, SmallFCOptimizer
 
 COSINE = lambda o: {"scheduler": lr_scheduler.CosineAnnealingLR(o, 20), "interval": "step"}  # noqa: E731
 BY_EPOCH = lambda o: lr_scheduler.ExponentialLR(o, 0.5)  # noqa: E731
@@ -221,7 +221,7 @@ def test_nothing_to_export_says_why(trainer: Any) -> None:
 
     class Neural(Plain):
         def configure_optimizers(self) -> Any:
-            return TinyOptimizer().as_torch_optimizer(self.parameters())
+            return SmallFCOptimizer().as_torch_optimizer(self.parameters())
 
     callback = learner(meta_learning_rate=1e-3)
     trainer(callback).fit(Neural(), **loaders())

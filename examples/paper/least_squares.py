@@ -195,6 +195,8 @@ def draw_sweep(path: Path, outcomes: list[Outcome], sweep: str) -> None:
     sizes.set(ylabel="best step size on the grid", yscale="log")
     for axis in (error, rmse, sizes):
         axis.set(xlabel=LABELS[sweep], xscale="linear" if sweep == "noise" else "log")
+        axis.set_xticks(values[::2], [f"{value:g}" for value in values[::2]])  # matplotlib's own labels overlap
+        axis.set_xticks([], minor=True)
     error.legend(frameon=False, fontsize="small")
     figure.savefig(path)
 

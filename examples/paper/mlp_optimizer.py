@@ -26,7 +26,7 @@ from tables import write_csv
 from torch import nn
 from tqdm import tqdm
 
-from lightning_l2l import LearnedOptimizer, MetaTraining, MLPOptimizer
+from lightning_l2l import LearnedOptimizer, MetaTraining, MLPOptimizer, Unroll
 from lightning_l2l.plotting import STYLES, new_figure
 from lightning_l2l.tasks import ImageClassification
 from lightning_l2l.tasks.length import Length
@@ -59,18 +59,19 @@ def meta_train(options: argparse.Namespace, family: ImageClassification, meta_da
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         learned = MLPOptimizer() if options.published else MLPOptimizer(32, 0.01, initialisation="scaled")
-    common: dict[str, Any] = {"objective": "naive_mean", "meta_data": meta_data, "meta_batch": "full", "seed": seed}
+    common: dict[str, Any] = {"meta_data": meta_data, "meta_batch": "full", "seed": seed}
     if options.published:
         # 10 + Exp(30) unrolls of 50 + Exp(100) steps each in a trajectory, as a number of steps.
         module = MetaTraining(
-            learned, family, unroll_steps=Length(50, 100, "exponential"), tasks_at_once=1, estimator="segmented",
-            episode_steps=Length(1500, 4500, "exponential"), second_order=False, iterates="before",
+            learned, family, unroll_steps=Length(50, 100, "exponential"), tasks_at_once=1,
+            estimator=Unroll(objective="naive_mean", mode="segmented", second_order=False),
+            episode_steps=Length(1500, 4500, "exponential"), iterates="before",
             meta_optimizer="rmsprop_tf1", meta_learning_rate=0.01, **common,
         )  # fmt: skip
     else:
         module = MetaTraining(
             learned, family, unroll_steps=20, episode_steps=options.steps, tasks_at_once=4, populations=4,
-            estimator="truncated", meta_learning_rate=3e-3, warm_down=True, **common,
+            estimator=Unroll(objective="naive_mean"), meta_learning_rate=3e-3, warm_down=True, **common,
         )  # fmt: skip
     L.Trainer(
         max_steps=options.updates, max_epochs=-1, accelerator="cpu", devices=1, logger=False, gradient_clip_val=1.0,

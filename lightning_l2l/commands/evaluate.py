@@ -10,7 +10,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Runs:
     Attributes:
         optimizer: Its name.
         train: Loss on the batch of each step, before the step; ``[runs, steps]``.
-        test: Loss on test data at the end, ``[runs]``; NaN where the tasks have none.
+        test: Loss on test data at the end, ``[runs]``.
         test_accuracy: Fraction classified correctly, ``[runs]``; NaN where that means nothing.
         diverged: How many runs diverged.
         seconds: Processor time of one step.
@@ -54,26 +54,31 @@ class Runs:
     seconds: float
     learning_rate: float | None = None
 
+    def row(self, reference: Runs) -> dict[str, Any]:
+        """A row of the table: means over runs, and speed against the reference, tuned Adam.
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the table and of ``comparison.csv``; losses are means over runs (and steps), at the end for the test.
-
-    ``speed_up`` is the number of steps that tuned Adam takes to its final loss, by the number that this optimizer takes
-    to the same loss; ``speed_up_in_time`` the same in processor time, tuning not counted.
-    """
-
-    optimizer: str
-    learning_rate: float | None
-    mean_train_loss: float
-    spread: float
-    last_train_loss: float
-    test_loss: float
-    test_accuracy: float
-    speed_up: float
-    speed_up_in_time: float
-    milliseconds: float
-    diverged: int
+        ``speed_up`` is the number of steps that the reference takes to its final loss, by the number that this
+        optimizer takes to the same loss (0: never), with losses averaged over 5 % of the steps; ``speed_up_in_time``
+        the same in processor time, tuning not counted.
+        """
+        steps = self.train.shape[1]
+        width, last = max(1, steps // 20), max(1, steps // 10)
+        own, other = (one.train.mean(0).unfold(0, width, 1).mean(1) for one in (self, reference))
+        needed, usual = ((curve <= other[-1]).nonzero() for curve in (own, other))
+        faster = (int(usual[0]) + width) / (int(needed[0]) + width) if len(needed) else 0.0
+        return {
+            "optimizer": self.optimizer,
+            "learning_rate": self.learning_rate,
+            "mean_train_loss": self.train.mean().item(),
+            "spread": self.train.mean(1).std(correction=0).item(),
+            "last_train_loss": self.train[:, -last:].mean().item(),
+            "test_loss": self.test.mean().item(),
+            "test_accuracy": self.test_accuracy.mean().item(),
+            "speed_up": faster,
+            "speed_up_in_time": faster * reference.seconds / self.seconds,
+            "milliseconds": self.seconds * 1e3,
+            "diverged": self.diverged,
+        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +138,7 @@ def make_family(options: argparse.Namespace) -> TaskFamily:
 
 def compare(
     optimizers: dict[str, LearnedOptimizer], family: TaskFamily, steps: int, seeds: int, output: Path, *, figure: bool
-) -> list[Row]:
+) -> None:
     """Train with the tuned baselines and the learned optimizers; print and write a row for each, the baselines first.
 
     Args:
@@ -151,20 +156,19 @@ def compare(
         raise ValueError(f"A comparison needs steps and seeds, got {steps} and {seeds}.")
     found = [tuned(name, family, steps, range(10_000, 10_000 + seeds), range(seeds)) for name in _BASELINES]
     found += [train(name, one.as_torch_optimizer, family, steps, range(seeds)) for name, one in optimizers.items()]
-    rows = [_row(one, found[0]) for one in found]
+    rows = [one.row(found[0]) for one in found]
     output.mkdir(parents=True, exist_ok=True)
     with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(asdict(rows[0])))
+        writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    table = [list(asdict(rows[0])), *([_cell(value) for value in asdict(row).values()] for row in rows)]
+        writer.writerows(rows)
+    table = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     if figure:
         _draw(found, output / "comparison.png")
     print(f"written to {output}")
-    return rows
 
 
 def train(name: str, make: Make, family: TaskFamily, steps: int, seeds: Sequence[int]) -> Runs:
@@ -220,25 +224,11 @@ def tuned(name: str, family: TaskFamily, steps: int, tuning: Sequence[int], seed
 
 @torch.no_grad()
 def _on_test_data(task: Any, parameters: dict[str, nn.Parameter], generator: torch.Generator) -> tuple[float, float]:
-    """Loss and accuracy on all test data, or on a batch of it; NaN where a task does not know them."""
+    """Loss and accuracy on all test data, or on a batch where a task cannot give all; accuracy NaN if it has none."""
     whole = hasattr(task, "full_batch")
     batch = task.full_batch("test") if whole else task.sample_batch("test", generator)
     accuracy = task.accuracy(parameters, batch).item() if hasattr(task, "accuracy") else float("nan")
     return task.loss(parameters, batch).item(), accuracy
-
-
-def _row(one: Runs, reference: Runs) -> Row:
-    last = max(1, one.train.shape[1] // 10)
-    # Steps to the reference's final loss, on means over runs, smoothed over 5 % of the steps.
-    width = max(1, one.train.shape[1] // 20)
-    own, other = (runs.train.mean(0).unfold(0, width, 1).mean(1) for runs in (one, reference))
-    needed, usual = ((curve <= other[-1]).nonzero() for curve in (own, other))
-    faster = (int(usual[0]) + width) / (int(needed[0]) + width) if len(needed) else 0.0
-    return Row(
-        one.optimizer, one.learning_rate, one.train.mean().item(), one.train.mean(1).std(correction=0).item(),
-        one.train[:, -last:].mean().item(), one.test.mean().item(), one.test_accuracy.mean().item(),
-        faster, faster * reference.seconds / one.seconds, one.seconds * 1e3, one.diverged,
-    )  # fmt: skip
 
 
 def _cell(value: Any) -> str:

@@ -15,12 +15,14 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_l2l import (
+    EvolutionStrategies,
     LearnedHyperparameters,
     LearnedOptimizer,
     LSTMOptimizer,
     MetaTraining,
     MLPOptimizer,
     SmallFCOptimizer,
+    Unroll,
 )
 from lightning_l2l.commands.evaluate import add_task_arguments, compare, make_family
 from lightning_l2l.functional import inner_optimizer
@@ -44,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--objective", default="naive_mean", choices=["log", "naive", "log_mean", "naive_mean"], help="(%(default)s)"
     )
     option("--meta-data", default="train", choices=["train", "val"], help="what the meta-objective is evaluated on")
-    option("--estimator", default="auto", help="how the meta-gradient is computed; see MetaTraining (%(default)s)")
+    option(
+        "--estimator", default="unroll", choices=["unroll", "pes", "es_single"],
+        help="exact, truncated at the end of an unroll; or by evolution strategies (%(default)s)",
+    )  # fmt: skip
     option("--first-order", action="store_true", help="leave out the derivative of the inner gradients")
     option("--meta-learning-rate", type=float, default=3e-3, help="of the meta-optimizer, Adam (%(default)s)")
     option("--clip", type=float, default=1.0, help="largest norm of a meta-gradient (%(default)s)")
@@ -69,12 +74,14 @@ def run(options: argparse.Namespace) -> int:
         options.optimizer, options.seed, normalise_output=not options.raw_output, multiplier=options.step_multiplier
     )
     family, episode = make_family(options), options.episode_steps or None
+    estimator: Unroll | EvolutionStrategies = Unroll(objective=options.objective, second_order=not options.first_order)
+    if options.estimator != "unroll":
+        estimator = EvolutionStrategies(method=options.estimator, objective=options.objective)
     meta_training = MetaTraining(
         learned, family, unroll_steps=options.unroll_steps, episode_steps=episode,
         tasks_at_once=options.tasks_at_once, populations=options.populations if episode else 1,
-        objective=options.objective, meta_data=options.meta_data, estimator=options.estimator,
-        second_order=not options.first_order, meta_learning_rate=options.meta_learning_rate, warm_down=True,
-        seed=options.seed,
+        estimator=estimator, meta_data=options.meta_data, meta_learning_rate=options.meta_learning_rate,
+        warm_down=True, seed=options.seed,
     )  # fmt: skip
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     task, steps = Quadratic.random(options.dim, seed=options.seed, kind="wide"), options.steps
     best, limit = float(task.optimal_step_size(steps)), float(task.stability_limit)
     start = limit / 10 if options.start is None else options.start
+    if not (math.isfinite(start) and start > 0):
+        raise ValueError(f"--start {start} must be positive and finite: its logarithm is learned.")
     exact, gradients = _descend(task, start, steps, options.updates, _closed_form)
     unrolled, others = _descend(task, start, steps, options.updates, _exact_unroll)
     trained, last_loss = _train(task, start, steps, options.unroll_steps)
@@ -131,7 +133,6 @@ def _train(
     callback = lightning_l2l.LearnToLearn(
         lightning_l2l.Unroll(steps=unroll_steps, objective="log"),
         every_n_steps=2,
-        meta_data="train",
         initial_search=False,
     )
     rates, module = _Rates(task, unroll_steps), lightning_l2l.TaskModule(task, learning_rate=start)

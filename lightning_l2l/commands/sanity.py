@@ -126,13 +126,14 @@ def back_propagation() -> Iterator[Claim]:
     step_size = 2 * float(task.stability_limit)
     for dtype, name in ((torch.float32, "float32"), (torch.float64, "float64")):
         largest = math.log(torch.finfo(dtype).max / 2)
-        predicted = next(t for t in range(1, 1000) if t * float(task.meta_objective(step_size, t)) > largest)
-        dead = next(t for t in range(1, 1000) if _back_propagated(task, step_size, t, dtype) == 0)
+        too_large = (t for t in range(1, 1000) if t * float(task.meta_objective(step_size, t)) > largest)
+        dead = (t for t in range(1, 1000) if _back_propagated(task, step_size, t, dtype) == 0)
+        predicted = next(too_large, math.nan)
         text = f"plain back-propagation in {name} is 0 at twice the stability limit, from step"
-        yield Claim(text, dead, predicted - 2, predicted + 2)
+        yield Claim(text, next(dead, math.nan), predicted - 2, predicted + 2)
     best = float(condition.optimal_step_size(60))
-    dead = next(t for t in range(1, 400) if math.isnan(_back_propagated(condition, best, t, torch.float32)))
-    yield Claim("and NaN at the optimum, condition number 2, by underflow, from step", dead, 35, 45)
+    dead = (t for t in range(1, 400) if math.isnan(_back_propagated(condition, best, t, torch.float32)))
+    yield Claim("and NaN at the optimum, condition number 2, by underflow, from step", next(dead, math.nan), 35, 45)
 
     def descend(one: Quadratic, gradient: Callable[[float], float], meta_steps: int) -> list[float]:
         """The paper's schedule for the step size, from 0.1; a gradient that is not finite is skipped."""

@@ -72,7 +72,7 @@ class Processes:
         """The mean of what each process computes; without history.
 
         Args:
-            compute: Called once. ``None`` in its result counts as zeros; if all processes have ``None`` in a place, the
+            compute: Called once. ``None`` in its result counts as zeros; if all processes have ``None`` there, the
                 mean is ``None`` as well, as the gradient is that ``DistributedDataParallel`` leaves behind.
             like: Tensors of the shapes and dtypes of the means, the same on each process; at least one.
 
@@ -93,24 +93,24 @@ class Processes:
         counts: Tensor | None = None
         # One message for each dtype; the first one carries the flags: small whole numbers, exact in any dtype.
         for dtype in dict.fromkeys(tensor.dtype for tensor in like):
-            places = [place for place, tensor in enumerate(like) if tensor.dtype == dtype]
-            parts = [_flat(found[place], like[place]) / self.count for place in places]
+            chosen = [index for index, tensor in enumerate(like) if tensor.dtype == dtype]
+            parts = [_flat(found[index], like[index]) / self.count for index in chosen]
             if counts is None:
                 parts.append(flags.to(parts[0]))
             summed = self.total(torch.cat(parts))
             split = summed.split([part.numel() for part in parts])
             if counts is None:
                 counts = split[-1]
-            for place, part in zip(places, split, strict=False):
-                means[place] = part.view(like[place].shape)
+            for index, part in zip(chosen, split, strict=False):
+                means[index] = part.view(like[index].shape)
         assert counts is not None
         if bool(counts[-1] > 0):
             self._fail(failure)
         # What is there on this process is there: only what is missing makes it look at the others' flags.
-        missing = [place for place, tensor in enumerate(found) if tensor is None]
-        for place in missing:
-            if not bool(counts[place] > 0):
-                means[place] = None
+        missing = [index for index, tensor in enumerate(found) if tensor is None]
+        for index in missing:
+            if not bool(counts[index] > 0):
+                means[index] = None
         return means
 
     def shared(self, compute: Callable[[], Sequence[Tensor | None]], like: Sequence[Tensor]) -> list[Tensor | None]:

@@ -54,6 +54,11 @@ def check_second_derivatives(loss: Tensor) -> None:
     seen = set(stack)
     while stack:
         node = stack.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "The loss uses reentrant checkpointing, and torch.autograd.grad finds no gradient of what is inside. "
+                "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+            )
         if node.name() in _WRONG:
             raise RuntimeError(
                 f"The loss uses {_WRONG[node.name()]}; or leave second derivatives out: Unroll(second_order=False), or "

@@ -1,4 +1,4 @@
-"""Calls a module with other tensors in place of its own, and puts its own back whatever the module looks like."""
+"""Calls a module with other tensors instead of its own, and puts its own back whatever the module looks like."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *arguments: Any)
 
     ``torch.func.functional_call`` by itself leaves the substitutes in a module that holds another module under two
     names (``nn.Sequential(layer, nn.Tanh(), layer)``, say): it swaps them in twice, and so never finds what was there
-    before (torch 2.13). The user's optimizer would go on with tensors that are in no module any more. Here every place
-    that holds a tensor is swapped once.
+    before (torch 2.13). The user's optimizer would go on with tensors that are in no module any more. Here every
+    attribute that holds a tensor is swapped once.
 
     Args:
         module: The module.
@@ -32,17 +32,17 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *arguments: Any)
         >>> isinstance(layer.weight, nn.Parameter)
         True
     """
-    substitutes = {place: tensors[name] for place, name in _places(module).items() if name in tensors}
+    substitutes = {path: tensors[name] for path, name in _paths(module).items() if name in tensors}
     return functional_call(module, substitutes, arguments, tie_weights=False)
 
 
-def _places(module: nn.Module) -> dict[str, str]:
-    """For every place that holds a tensor, each once, the name under which the tensor is known."""
+def _paths(module: nn.Module) -> dict[str, str]:
+    """For every path to a tensor, each once, the name under which the tensor is known."""
     known: dict[int, str] = {}
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for prefix, child in module.named_modules():  # a module with two names is there once, under the first
         for name, tensor in chain(child._parameters.items(), child._buffers.items()):
             if tensor is not None:
-                place = f"{prefix}.{name}" if prefix else name
-                places[place] = known.setdefault(id(tensor), place)
-    return places
+                path = f"{prefix}.{name}" if prefix else name
+                paths[path] = known.setdefault(id(tensor), path)
+    return paths

@@ -142,7 +142,7 @@ NADAM = Rule(
     elementwise=True,
 )
 
-# Length of RAdam's averaging window above which the variance is tractable, and the adaptive step is taken.
+# RAdam's averaging length above which the variance is tractable, and the adaptive step is taken.
 _TRACTABLE = 5.0
 
 
@@ -160,7 +160,7 @@ def _radam(
     square = new_state["exp_avg_sq"]
     plain = times(times(new_state["exp_avg"], 1 / (1 - beta1**step)), -hyperparameters["lr"])
     correction = 1 - beta2**step
-    # Length of the averaging window: in the long run, and after so many steps.
+    # The averaging length: in the long run, and after so many steps.
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * beta2**step / correction
     denominator = square_root(square) + coefficient(hyperparameters["eps"], square)

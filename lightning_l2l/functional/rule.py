@@ -89,15 +89,16 @@ def decayed_square(average: Tensor, gradient: Tensor, beta: Number) -> Tensor:
 
 
 def square_root(tensor: Tensor) -> Tensor:
-    """The square root, with derivative 0 (not infinity) where it is 0.
+    """The square root of a second moment, with derivative 1/2 (not infinity) where it is 0.
 
-    An element that never had a gradient (a dead unit, an unused embedding row) has an exactly zero second moment; the
-    infinite derivative there times zero would turn every meta-gradient into NaN. Zero is the mean of the one-sided
-    derivatives of ``|gradient|``.
+    An element that never had a gradient (a dead unit, an unused embedding row) has an exactly zero second moment, whose
+    own derivative is zero: twice the gradient. Infinity times that would turn every meta-gradient into NaN; any finite
+    number gives zero, which is the mean of the one-sided derivatives of ``|gradient|``.
     """
-    # One where it is 0, else 0. Comparing takes four times as long, masked_fill ten times (torch 2.13, CPU).
+    # One where it is 0, else 0. Comparing takes four times as long, masked_fill ten times (torch 2.13, CPU). Added and
+    # subtracted, so that the graph need not keep it.
     zero = 1 - tensor.detach().sign().abs()
-    return (tensor + zero).sqrt() * (1 - zero)
+    return (tensor + zero).sqrt() - zero
 
 
 def is_number(value: Any, number: float) -> bool:

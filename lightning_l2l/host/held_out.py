@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 # Between the seeds of two processes, so that their dropout masks differ; a prime, larger than most runs are long.
-_SEED_STRIDE = 15_485_863
+SEED_STRIDE = 15_485_863
 
 
 class HeldOut:
@@ -36,6 +36,9 @@ class HeldOut:
         source: What these batches are, in words.
         loss: ``loss(module, batch)`` in place of ``training_step``.
         seed: Of what the step draws.
+
+    Attributes:
+        batches: As given.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class HeldOut:
     ) -> None:
         self._trainer = trainer
         self._module = module
-        self._batches = batches
+        self.batches = batches
         self._source = source
         self._loss = loss
         self._seed = seed
@@ -75,12 +78,12 @@ class HeldOut:
                 process if on one.
         """
         trainer, module = self._trainer, self._module
-        seed = self._seed + number + trainer.global_rank * _SEED_STRIDE
+        seed = self._seed + number + trainer.global_rank * SEED_STRIDE
         with self._tensors(), unnoticed(trainer, module, seed):
             error: Exception | None = None
             loss = torch.zeros((), device=module.device)
             try:
-                batch = self._batches(number)
+                batch = self.batches(number)
                 if before is not None:
                     before()
                 loss = self._evaluate(batch)
@@ -112,7 +115,7 @@ class HeldOut:
         called = "held_out_loss" if self._loss is not None else f"{type(self._module).__name__}.training_step"
         what = "on another process" if error is None else f"{type(error).__name__}: {error}"
         return (
-            f"LearnToLearn called {called} on {self._source} to take a held-out gradient, and that failed ({what}). If such "
+            f"LearnToLearn called {called} on {self._source} to take a gradient, and that failed ({what}). If such "
             "batches are no training batches, pass LearnToLearn(held_out_loss=fn), where fn(module, batch) returns the "
             "loss that counts; or meta_data=loader with batches that training_step takes; or meta_data='train', which "
             "learns from the training gradients alone."

@@ -94,9 +94,13 @@ def unnoticed(trainer: pl.Trainer, module: nn.Module, seed: int) -> Iterator[Non
     """
     flags = dict(vars(trainer))
     try:
-        with preserved_random_state(seed), preserved_module(module, skip=_OF_LIGHTNING), muted_logging(trainer, module):
-            with torch.enable_grad():
-                yield
+        with (
+            preserved_random_state(seed),
+            preserved_module(module, skip=_OF_LIGHTNING),
+            muted_logging(trainer, module),
+            torch.enable_grad(),
+        ):
+            yield
     finally:
         vars(trainer).clear()
         vars(trainer).update(flags)

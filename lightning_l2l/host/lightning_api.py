@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from lightning_l2l.preserve import preserved_random_state
 
@@ -22,15 +24,21 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-def is_a(value: Any, *names: str) -> bool:
-    """Whether a class of one of these names is among the bases of the value's class."""
-    return any(base.__name__ in names for base in type(value).__mro__)
+def is_a(value: Any, name: str) -> bool:
+    """Whether a class of this name is among the bases of the value's class."""
+    kind: Any = type(value)
+    return name in _base_names(kind)
 
 
-def training_step_arguments(module: nn.Module, batch: Any) -> Mapping[str, Any]:
+@cache
+def _base_names(kind: Any) -> frozenset[str]:
+    return frozenset(base.__name__ for base in kind.__mro__)
+
+
+def training_step_arguments(module: nn.Module, batch: Any, index: int = 0) -> Mapping[str, Any]:
     """The arguments that the training loop would pass: ``training_step(self, batch)`` without an index is legal."""
     if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):  # type: ignore[arg-type]
-        return {"batch": batch, "batch_idx": 0}
+        return {"batch": batch, "batch_idx": index}
     return {"batch": batch}
 
 
@@ -55,6 +63,13 @@ def planned_steps(trainer: pl.Trainer) -> float:
     return float(steps)
 
 
+def passes(trainer: pl.Trainer) -> int:
+    """How often the training has seen all of its data; 0 for a stream, whose examples are new in every epoch."""
+    loader, _ = first_loader(trainer.train_dataloader)
+    dataset = getattr(loader, "dataset", None)
+    return 0 if dataset is None or isinstance(dataset, IterableDataset) else trainer.current_epoch
+
+
 def has_schedule(trainer: pl.Trainer) -> bool:
     """Whether ``configure_optimizers`` returned a learning rate scheduler."""
     return bool(trainer.lr_scheduler_configs)
@@ -63,6 +78,13 @@ def has_schedule(trainer: pl.Trainer) -> bool:
 def is_manual(module: pl.LightningModule) -> bool:
     """Whether ``training_step`` steps the optimizers itself."""
     return not module.automatic_optimization
+
+
+def overrides(module: pl.LightningModule, hook: str) -> bool:
+    """Whether the user wrote this hook of the LightningModule."""
+    # Not Lightning's `is_overridden`: that one does not know modules of the `pytorch_lightning` namespace.
+    home = str(getattr(getattr(module, hook), "__module__", ""))
+    return not home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
 
 
 def real_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
@@ -160,13 +182,15 @@ def moved_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> 
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def run_training_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> torch.Tensor | None:
+def run_training_step(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int = 0
+) -> torch.Tensor | None:
     """The loss that the user's ``training_step`` returns for a batch, with its graph; ``None`` if it skips the batch.
 
     A wrapper that reduces gradients (DDP) is passed by, since it would wait for a backward pass of all processes; a
     wrapper that gathers parameters (FSDP) is not.
     """
-    arguments = training_step_arguments(module, batch)
+    arguments = training_step_arguments(module, batch, index)
     if is_a(trainer.strategy, "DDPStrategy"):
         with trainer.precision_plugin.train_step_context():
             output = module.training_step(*arguments.values())
@@ -191,8 +215,8 @@ def show_last_rates(trainer: pl.Trainer) -> None:
 
 
 def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """What callbacks such as ``WeightAveraging`` and ``StochasticWeightAveraging`` keep as an average of weights."""
-    found: Iterator[Any] = (getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ()))
+    """What callbacks (``WeightAveraging``, ``StochasticWeightAveraging``) keep as an average of the weights."""
+    found: list[Any] = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ())]
     return [model for model in found if isinstance(getattr(model, "n_averaged", None), torch.Tensor)]
 
 

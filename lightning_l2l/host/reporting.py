@@ -34,8 +34,8 @@ def log(
 def names_of(name: str, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
     """Names to log a value of each parameter group under.
 
-    ``l2l/<name>`` for a single group; else followed by the optimizer's number, if there are several, and the group's own
-    name or number.
+    ``l2l/<name>`` for a single group; else followed by the optimizer's number, if there are several, and the group's
+    own name or number.
     """
     several = len(optimizers) > 1
     found: list[str] = []
@@ -49,14 +49,29 @@ def names_of(name: str, optimizers: Sequence[torch.optim.Optimizer]) -> list[str
     return found
 
 
+def unrolled_values(record: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What is logged of an update by an exact estimator: meta-gradients (means of their entries), learned values."""
+    found = {
+        f"l2l/meta_gradient/{name}": sum(entries) / len(entries)
+        for name, entries in record.get("meta_gradient", {}).items()
+    }
+    groups = record.get("hyperparameters", [])
+    for key in [key for key in (groups[0] if groups else {}) if key != "lr"]:
+        found |= dict(zip(names_of(key, [optimizer]), [group[key] for group in groups], strict=True))
+    return found
+
+
 def summary(tuners: Sequence[Tuner], history: Sequence[Mapping[str, Any]]) -> str:
-    """One line for the end of the fit: what was changed, and on what evidence."""
-    parts = []
-    for tuner in tuners:
-        for group, factor in enumerate(tuner.rule.log_factors):
-            parts.append(f"group {group}: {math.exp(factor):.3g}")
+    """One line for the end of the fit: what was changed, and what the evidence was at the end."""
+    factors = [f"{math.exp(value):.3g}" for tuner in tuners for value in tuner.log_factors]
     rolled_back = sum(record["diagnostics"]["trouble"] == "rolled_back" for record in history)
-    return f"factors on your learning rates: {', '.join(parts)}; {len(history)} updates, {rolled_back} rollbacks."
+    unchanged = all(value == 0 for tuner in tuners for value in tuner.log_factors)
+    said = "your learning rate stayed" if unchanged else f"your learning rate was multiplied by {', '.join(factors)}"
+    cosines = [record["cosine"] for record in history if record.get("cosine")]
+    if cosines:
+        last = ", ".join(f"{value:+.2f}" for value in cosines[-1])
+        said += f" (last cosine of gradient and displacement {last}: negative is progress, positive overshoots)"
+    return said + (f"; the run was taken back {rolled_back} times." if rolled_back else ".")
 
 
 def log_figure(trainer: pl.Trainer, history: Sequence[Mapping[str, Any]]) -> None:

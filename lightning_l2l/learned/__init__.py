@@ -8,8 +8,9 @@ from lightning_l2l.learned.mlp import MLPOptimizer
 from lightning_l2l.learned.small_fc import SmallFCOptimizer
 from lightning_l2l.learned.tf1_rmsprop import TF1RMSProp
 from lightning_l2l.learned.torch_optimizer import LearnedTorchOptimizer
+from lightning_l2l.learned.unit_step import UnitStepOptimizer
 
-for _cls in (LearnedHyperparameters, LearnedStepSize, LSTMOptimizer, MLPOptimizer, SmallFCOptimizer):
+for _cls in (LearnedHyperparameters, LearnedStepSize, LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, UnitStepOptimizer):
     register_learned_optimizer(_cls)
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "OptimizerInUse",
     "SmallFCOptimizer",
     "TF1RMSProp",
+    "UnitStepOptimizer",
     "register_learned_optimizer",
 ]

@@ -19,7 +19,7 @@ from lightning_l2l.exact.estimators import EvolutionStrategies, Unroll
 from lightning_l2l.exact.objectives import is_logarithmic
 from lightning_l2l.exact.result import MetaGradient
 from lightning_l2l.tasks.family import TaskFamily
-from lightning_l2l.tasks.stacked import LOSS_CHANNEL, START_LOSS, BatchedTasks, StackedBatch, StackedTasks
+from lightning_l2l.tasks.stacked import LOSS_CHANNEL, RATE_CHANNEL, START_LOSS, BatchedTasks, StackedBatch, StackedTasks
 from lightning_l2l.tasks.task import Task
 
 
@@ -69,17 +69,18 @@ class Population:
         tasks: int,
         length: int,
         divergence: float,
+        annealed: bool,
         generator: torch.Generator,
         device: torch.device,
     ) -> Population:
-        """New tasks with fresh parameters.
+        """New tasks with fresh parameters; ``annealed``: with steps that fall to zero linearly over the training.
 
         Raises:
             ValueError: A task's first loss is not finite.
         """
         seed, *seeds = torch.randint(2**62, (tasks + 1,), generator=generator).tolist()
         stack = _stack(family, seed, seeds, divergence)
-        parameters, buffers = _start(stack, generator, device)
+        parameters, buffers = _start(stack, annealed, generator, device)
         episode = Episode.begin(learned, parameters, estimator=_seeded(estimator, seed), buffers=buffers)
         return cls(stack, seed, tuple(seeds), episode, 0, length)
 
@@ -88,7 +89,10 @@ class Population:
     ) -> tuple[MetaGradient, Population]:
         """Train for some steps (fewer at the end of the training), and differentiate."""
         steps = min(steps, self.length - self.steps)
-        batches = [moved(self.stack.batch("train", generator), device) for _ in range(steps)]
+        batches = [
+            replace(moved(self.stack.batch("train", generator), device), rate=1.0 - (self.steps + taken) / self.length)
+            for taken in range(steps)
+        ]
         mean: Literal["mean", "geometric_mean"] = "mean"
         if is_logarithmic(self.episode.estimator.objective):
             mean = "geometric_mean"
@@ -139,7 +143,7 @@ class Population:
         fresh = torch.randint(2**62, (len(self.seeds),), generator=generator).tolist()
         seeds = tuple(new if gone else old for old, new, gone in zip(self.seeds, fresh, dead.tolist(), strict=True))
         stack = _stack(family, self.seed, seeds, self.stack.divergence)
-        parameters, buffers = _start(stack, generator, device)
+        parameters, buffers = _start(stack, RATE_CHANNEL in self.episode.iterate.parameters, generator, device)
         iterate = self.episode.iterate
         new: Any = (parameters, learned.transformation().init(parameters), buffers)
         old: Any = (iterate.parameters, iterate.state, iterate.buffers)
@@ -191,7 +195,7 @@ def _stack(family: TaskFamily, seed: int, seeds: Sequence[int], divergence: floa
 
 
 def _start(
-    stack: StackedTasks, generator: torch.Generator, device: torch.device
+    stack: StackedTasks, annealed: bool, generator: torch.Generator, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     parameters = moved(stack.initial_parameters(generator), device)
     with torch.no_grad():
@@ -202,4 +206,5 @@ def _start(
             f"The first loss of {bad} of {len(losses)} tasks is not finite, before any step was taken. Check the "
             "tasks' initial parameters and data."
         )
-    return {**parameters, LOSS_CHANNEL: torch.zeros_like(losses)}, {START_LOSS: losses}
+    channels = [LOSS_CHANNEL, RATE_CHANNEL] if annealed else [LOSS_CHANNEL]
+    return {**parameters, **{name: torch.zeros_like(losses) for name in channels}}, {START_LOSS: losses}

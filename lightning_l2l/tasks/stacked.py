@@ -26,6 +26,8 @@ from lightning_l2l.tasks.task import Task
 # A pseudo-parameter, always zero. Its "gradient" is how the optimizer learns which tasks diverged: 1 for a loss above
 # its limit, else 0.
 LOSS_CHANNEL = "l2l.diverged"
+# Another one, where the learning rate follows a schedule: its "gradient" is what the updates are multiplied by.
+RATE_CHANNEL = "l2l.rate"
 # A buffer, so that it goes with the iterate: the loss of each task at its start.
 START_LOSS = "l2l.start_loss"
 Mean = Literal["mean", "geometric_mean"]
@@ -40,10 +42,12 @@ class StackedBatch:
     Attributes:
         data: For stackable tasks one tree with the task as the first dimension of every tensor, else a list.
         mean: ``None`` for a training step; over the tasks, for a meta-loss.
+        rate: What the schedule multiplies the update of a training step by.
     """
 
     data: Any
     mean: Mean | None = None
+    rate: float = 1.0
 
 
 class StackedTasks:
@@ -136,12 +140,14 @@ class StackedTasks:
 
     def __call__(self, parameters: Mapping[str, Tensor], batch: StackedBatch) -> Tensor:
         """The loss of the stack; ``parameters`` holds :data:`LOSS_CHANNEL` and :data:`START_LOSS` too."""
-        own = {name: tensor for name, tensor in parameters.items() if name not in (LOSS_CHANNEL, START_LOSS)}
+        own = {name: tensor for name, tensor in _without_channels(parameters).items() if name != START_LOSS}
         losses, start = self.losses(own, batch.data), parameters[START_LOSS]
         limit = self.limit(start).to(losses)
         if batch.mean is None:
             diverged = (~(losses.detach() <= limit)).to(parameters[LOSS_CHANNEL].dtype)
             told = (parameters[LOSS_CHANNEL] * diverged).sum()
+            if RATE_CHANNEL in parameters:
+                told = told + parameters[RATE_CHANNEL].sum() * batch.rate
             return torch.where(losses.isfinite(), losses, 0.0).sum() + told
         # NaN is not below the limit either.
         capped = torch.where(losses < limit, losses, limit)
@@ -177,14 +183,14 @@ class BatchedTasks(LearnedOptimizer):
         inner = self.learned.transformation()
 
         def init(params: Mapping[str, Tensor]) -> dict[str, Any]:
-            own = _without_channel(params)
+            own = _without_channels(params)
             alive = torch.ones_like(params[LOSS_CHANNEL], dtype=torch.bool)
             return {"optimizer": _over_tasks(inner.init, own), "alive": alive}
 
         def update(
             updates: Mapping[str, Tensor], state: Mapping[str, Any], *, params: Any = None, inplace: bool = True
         ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-            own, gradients = _without_channel(params), _without_channel(updates)
+            own, gradients = _without_channels(params), _without_channels(updates)
             norm = _square_norm(gradients)
             alive = state["alive"] & (updates[LOSS_CHANNEL].detach() < 0.5) & norm.isfinite()
             # Zero gradients for frozen tasks, so that their state stays finite as well.
@@ -193,11 +199,13 @@ class BatchedTasks(LearnedOptimizer):
                 lambda g, s, p: inner.update(g, s, params=p, inplace=False), gradients, state["optimizer"], own
             )
             moves = {name: torch.zeros_like(own[name]) if move is None else move for name, move in moves.items()}
+            if RATE_CHANNEL in params:
+                moves = {name: _per_task(updates[RATE_CHANNEL], move) * move for name, move in moves.items()}
             elements = sum(tensor.numel() // tensor.shape[0] for tensor in own.values())
             longest = _LONGEST_UPDATE**2 * (_square_norm(own) + elements)
             alive = alive & (_square_norm(moves) <= longest)
             masked = _masked(moves, alive)
-            masked[LOSS_CHANNEL] = torch.zeros_like(params[LOSS_CHANNEL])
+            masked |= {name: torch.zeros_like(params[name]) for name in (LOSS_CHANNEL, RATE_CHANNEL) if name in params}
             return masked, {"optimizer": following, "alive": alive}
 
         return GradientTransformation(init, update)
@@ -207,8 +215,12 @@ class BatchedTasks(LearnedOptimizer):
         self.learned.project_()
 
 
-def _without_channel(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tensor for name, tensor in tensors.items() if name != LOSS_CHANNEL}
+def _without_channels(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in tensors.items() if name not in (LOSS_CHANNEL, RATE_CHANNEL)}
+
+
+def _per_task(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def _square_norm(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -218,9 +230,7 @@ def _square_norm(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _masked(tensors: Mapping[str, Tensor], alive: Tensor) -> dict[str, Tensor]:
-    return {
-        name: torch.where(alive.reshape(-1, *[1] * (tensor.dim() - 1)), tensor, 0.0) for name, tensor in tensors.items()
-    }
+    return {name: torch.where(_per_task(alive, tensor), tensor, 0.0) for name, tensor in tensors.items()}
 
 
 def _over_tasks(function: Any, *trees: Any) -> Any:

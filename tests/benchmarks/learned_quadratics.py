@@ -14,17 +14,23 @@ import argparse
 import logging
 import time
 import warnings
+from collections.abc import Callable
 
 import lightning as L
 import torch
 
 from lightning_l2l import LearnedOptimizer, LSTMOptimizer, MetaTraining, MLPOptimizer, SmallFCOptimizer
-from lightning_l2l.experiments._runs import Runs, runs, tuned
+from lightning_l2l.commands.evaluate import Make, Runs, train
 from lightning_l2l.tasks import RandomQuadratics
 
 # A run records the loss before each step, so the last of 101 is the one after 100 steps.
 RECORDED = 101
-PROBLEMS = range(50_000, 50_128)
+PROBLEMS, TUNING = range(50_000, 50_128), range(60_000, 60_128)
+RATES = [10 ** (exponent / 2) for exponent in range(-6, 2)]
+BASELINES: dict[str, Callable[[float], Make]] = {
+    "adam": lambda rate: lambda parameters: torch.optim.Adam(parameters, rate),
+    "sgd_momentum": lambda rate: lambda parameters: torch.optim.SGD(parameters, rate, momentum=0.9),
+}
 
 
 def make(options: argparse.Namespace) -> LearnedOptimizer:
@@ -88,18 +94,16 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     family = RandomQuadratics()
     if options.baselines:
-        for kind in ("adam", "sgd_momentum"):
-            found = tuned(
-                kind, family, RECORDED, range(60_000, 60_128), PROBLEMS,
-                lambda one: one.train[:, -1].mean().item(), exponents=(-6, 1),
-            )  # fmt: skip
-            show(kind, found, f", rate {found.learning_rate:.3f}" if found.learning_rate else "")
+        for kind, baseline in BASELINES.items():
+            ends = [train(kind, baseline(rate), family, RECORDED, TUNING).train[:, -1].mean().item() for rate in RATES]
+            best = RATES[ends.index(min(ends))]
+            show(kind, train(kind, baseline(best), family, RECORDED, PROBLEMS), f", rate {best:.3f}")
         return
     learned = make(options)
     if options.perturbation is not None:
         perturb(learned, options.perturbation)
     spent = meta_train(learned, options)
-    found = runs(options.optimizer, learned, family, RECORDED, PROBLEMS)
+    found = train(options.optimizer, learned.as_torch_optimizer, family, RECORDED, PROBLEMS)
     show(options.optimizer, found, f", {spent:.0f} s of meta-training, {found.diverged} diverged")
 
 

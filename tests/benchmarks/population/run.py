@@ -1,0 +1,195 @@
+"""Rules of the learning rate on a population of tasks, in lockstep on one core.
+
+    python tests/benchmarks/population/run.py --half choosing --lengths 100,300,1000 --rules none,old [--seeds 2]
+        [--results population.csv] [--report]
+
+Baselines (eleven constant rates, eleven cosines) are run where they are missing, then every rule from every start.
+Finished blocks are rows of the results and are not run again. Everything is judged by test loss, the mean over seeds,
+against the best of the eleven constant rates by the same test loss; a difference of a thousandth of the initial loss
+counts as none, and losses that cross zero are compared by exp(difference).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from engine import Runs, Task, train
+from families import FAMILIES, halves
+from rule import RULES
+
+FINEST = {"sgd": -3.5, "adam": -4.5, "adamw": -4.5, "muon": -4.0}  # log10 of the first of eleven rates
+TEXTBOOK = {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3, "muon": 0.02}
+STARTS = ("x1", "x0.1", "x0.3", "x3", "textbook", "1e-6", "10", "cosine")
+COLUMNS = ("family", "optimizer", "steps", "rule", "start", "seed", "last", "averaged", "chosen", "factor")
+Key = tuple[str, str, int, str]
+
+
+def load(path: Path) -> dict[Key, list[dict[str, str]]]:
+    """Finished blocks."""
+    found: dict[Key, list[dict[str, str]]] = defaultdict(list)
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                found[row["family"], row["optimizer"], int(row["steps"]), row["rule"]].append(row)
+    return found
+
+
+def rows(key: Key, starts: list[str], found: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+    return [
+        dict(
+            zip(
+                COLUMNS,
+                [*map(str, key), start, str(seed), *(f"{found[c][seed, i]:.6g}" for c in COLUMNS[6:])],
+                strict=True,
+            )
+        )
+        for i, start in enumerate(starts)
+        for seed in range(len(found["last"]))
+    ]
+
+
+def mean(block: list[dict[str, str]], start: str, column: str = "last") -> float:
+    return statistics.fmean(float(row[column]) for row in block if row["start"] == start)
+
+
+def best(block: list[dict[str, str]], kind: str, column: str = "last") -> tuple[float, float]:
+    """Rate and mean test loss of the best constant or cosine."""
+    names = {row["start"] for row in block if row["start"].startswith(kind)}
+    return min(((float(n.split(":")[1]), mean(block, n, column)) for n in names), key=lambda pair: pair[1])
+
+
+def baseline(task: Task, key: Key) -> list[dict[str, str]]:
+    rates = 10 ** (FINEST[key[1]] + 0.5 * torch.arange(11))
+    found = train(task, key[1], key[2], Runs(torch.cat([rates, rates]), torch.arange(22) >= 11))
+    names = [f"{kind}:{rate:.4g}" for kind in ("constant", "cosine") for rate in rates.tolist()]
+    initial = task.losses(task.initial, task.test)[:, None]
+    return rows(key, names, found) + rows(key, ["initial"], dict.fromkeys(COLUMNS[6:], initial))
+
+
+def start_rates(block: list[dict[str, str]], optimizer: str) -> torch.Tensor:
+    good, peak = best(block, "constant")[0], best(block, "cosine")[0]
+    return torch.tensor([good, good * 0.1, good * 0.3, good * 3, TEXTBOOK[optimizer], 1e-6, 10.0, peak])
+
+
+def ratio(nats: bool, loss: float, reference: float, initial: float) -> float:
+    if not math.isfinite(loss):
+        return 100.0
+    slack = 1e-3 * abs(initial)
+    return min(100.0, math.exp(min(5.0, loss - reference)) if nats else (loss + slack) / (reference + slack))
+
+
+def line(name: str, ratios: list[float]) -> str:
+    ordered = sorted(ratios)
+    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    share = sum(r <= 1.03 for r in ratios) / len(ratios)
+    mean = math.exp(statistics.fmean(math.log(r) for r in ratios))
+    lost = sum(r >= 10 for r in ratios)
+    middle = f"{statistics.median(ratios):6.3f} {mean:6.3f} {at(0.9):7.3f} {ordered[-1]:8.3f}"
+    return f"{name:34s} {len(ratios):4d} {middle} {share:6.0%} {lost:4d}"
+
+
+def collect(
+    done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, int]], rule: str, column: str = "last"
+) -> list[tuple[dict[str, str], float]]:
+    """Every pair of task and start with its ratio."""
+    pairs = []
+    for family, optimizer, steps in wanted:
+        base, block = done.get((family, optimizer, steps, "grid")), done.get((family, optimizer, steps, rule))
+        if base and block:
+            for start in STARTS:
+                reference = best(base, "cosine" if start == "cosine" else "constant", column)[1]
+                value = ratio(FAMILIES[family].nats, mean(block, start, column), reference, mean(base, "initial"))
+                pairs.append(({"family": family, "optimizer": optimizer, "steps": str(steps), "start": start}, value))
+    return pairs
+
+
+def report(
+    done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, int]], rules: list[str], worst: int
+) -> None:
+    print(f"{'':34s} {'n':>4s} {'median':>6s} {'mean':>6s} {'90 %':>7s} {'worst':>8s} {'<=1.03':>6s} lost")
+    for rule in rules:
+        pairs = collect(done, wanted, rule)
+        if not pairs:
+            continue
+        groups = {
+            "no harm: x1": ("x1",),
+            "no harm: cosine": ("cosine",),
+            "plausible": ("x0.1", "x0.3", "x1", "x3", "textbook"),
+            "absurd": ("1e-6", "10"),
+        }
+        groups |= {start: (start,) for start in STARTS}
+        for name, starts in groups.items():
+            print(line(f"{rule} {name}", [v for p, v in pairs if p["start"] in starts]))
+        for field in ("steps", "optimizer"):
+            for value in sorted({p[field] for p, _ in pairs}, key=lambda v: (len(v), v)):
+                print(
+                    line(
+                        f"{rule} plausible {value}",
+                        [v for p, v in pairs if p["start"] in groups["plausible"] and p[field] == value],
+                    )
+                )
+                print(
+                    line(
+                        f"{rule} good {value}",
+                        [v for p, v in pairs if p["start"] in ("x1", "cosine") and p[field] == value],
+                    )
+                )
+        for p, v in sorted(
+            (x for x in pairs if x[0]["start"] in (*groups["plausible"], "cosine")), key=lambda x: -x[1]
+        )[:worst]:
+            print(f"    {v:7.3f} {p['family']} {p['optimizer']} {p['steps']} {p['start']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--half", default="choosing", choices=("choosing", "judging", "both"))
+    parser.add_argument("--families", default="", help="only these, by name")
+    parser.add_argument("--lengths", default="100,300,1000")
+    parser.add_argument("--rules", default="none")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=Path("population.csv"))
+    parser.add_argument("--report", action="store_true", help="print only")
+    parser.add_argument("--worst", type=int, default=12, help="how many of the worst pairs are named")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rules = [name for name in arguments.rules.split(",") if name]
+    done = load(arguments.results)
+    only = arguments.families.split(",") if arguments.families else None
+    families = [f for f in halves(arguments.half) if only is None or f.name in only]
+    wanted = [(f.name, o, int(n)) for n in arguments.lengths.split(",") for f in families for o in f.optimizers]
+    for family, optimizer, steps in wanted if not arguments.report else ():
+        grid = (family, optimizer, steps, "grid")
+        missing = [rule for rule in rules if (family, optimizer, steps, rule) not in done]
+        if grid in done and not missing:
+            continue
+        task = Task(FAMILIES[family], arguments.seeds)
+        fresh: list[dict[str, str]] = []
+        if grid not in done:
+            done[grid] = baseline(task, grid)
+            fresh += done[grid]
+        if missing:
+            rates, each = start_rates(done[grid], optimizer), len(STARTS)
+            parts = [(RULES[rule](), slice(i * each, (i + 1) * each)) for i, rule in enumerate(missing)]
+            cosine = (torch.arange(each) == each - 1).repeat(len(missing))
+            found = train(task, optimizer, steps, Runs(rates.repeat(len(missing)), cosine, parts))
+            for i, rule in enumerate(missing):
+                key = (family, optimizer, steps, rule)
+                done[key] = rows(key, list(STARTS), {k: v[:, i * each : (i + 1) * each] for k, v in found.items()})
+                fresh += done[key]
+        header = not arguments.results.exists()
+        with arguments.results.open("a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, COLUMNS)
+            if header:
+                writer.writeheader()
+            writer.writerows(fresh)
+    report(done, wanted, rules, arguments.worst)
+
+
+if __name__ == "__main__":
+    main()
