@@ -112,6 +112,7 @@ class LearnToLearn(pl.Callback):
         super().__init__()
         estimator = Displacement() if estimator is None else estimator
         _check(estimator, every_n_steps, meta_data, held_out_loss, meta_learning_rate)
+        _check_types(initial_search=initial_search, divergence_guard=divergence_guard, seed=seed)
         _check_learned(estimator, learned)
         self.estimator: Estimator = estimator
         self.every_n_steps = every_n_steps
@@ -129,6 +130,7 @@ class LearnToLearn(pl.Callback):
         self._batch: Any = None
         self._waits_for_data = False
         self._cleanup = ExitStack()
+        self._stage = ""
         self._reset()
 
     def _reset(self) -> None:
@@ -136,24 +138,25 @@ class LearnToLearn(pl.Callback):
         self.learning_rates: list[float] = []
         self.search_result: SearchResult | None = None
         self._saved: dict[str, Any] = {}  # what the next fit goes on from
-        self._model: weakref.ref[pl.LightningModule] | None = None  # that of the last fit
+        self._is_loaded = False
+        self._model: Callable[[], Any] = _nobody
         self._said: set[str] = set()
         self._logged: tuple[int, list[float]] | None = None
         self._losses: list[torch.Tensor] = []
 
-    def _knows(self, module: pl.LightningModule) -> bool:
-        return self._model is not None and self._model() is module
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_model": None}  # a weak reference cannot be pickled (ddp_spawn)
+        """Copies and pickles (of ``ddp_spawn``) know of no model."""
+        return {**vars(self), "_model": _nobody}
 
     # Hooks of the Trainer, in the order in which they are called.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
+        self._stage = stage
         if stage != "fit":
             return
-        if trainer.global_step == 0 or not self._knows(pl_module):
+        goes_on = trainer.global_step > 0 and self._model() is pl_module
+        if not goes_on and not self._is_loaded:
             self._reset()
         lightning_api.refuse_several(trainer, LearnToLearn)
 
@@ -165,7 +168,7 @@ class LearnToLearn(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers, restored or fresh."""
-        saved = self._saved if self._model is None or self._knows(pl_module) else {}
+        saved, self._is_loaded = self._saved, False
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
         # By default held-out data are asked from the second pass on, and looked for then.
@@ -239,8 +242,9 @@ class LearnToLearn(pl.Callback):
                     "counts, or leave meta_data out: then the rates are learned from the training gradients."
                 )
             return None
-        loaders = lightning_api.validation_loaders(trainer) if own else self.meta_data
-        loader, count = lightning_api.first_loader(loaders)
+        loader, count = self.meta_data, 1  # a list is one of batches
+        if own:
+            loader, count = lightning_api.first_loader(lightning_api.validation_loaders(trainer))
         if loader is None:
             if self.meta_data == "val" or self.held_out_loss is not None:
                 raise MisconfigurationException(
@@ -328,6 +332,9 @@ class LearnToLearn(pl.Callback):
         held_out = None if self._held_out is None else self._held_out.gradient
         record = tuner.step(loss, held_out=held_out, compare=self._compare, passes=passes)
         error, tuner.held_out_error = tuner.held_out_error, None
+        if record is not None and record["diagnostics"]["trouble"] == "rolled_back":
+            for count in lightning_api.averages(trainer):
+                count.zero_()  # an average with weights of the lost run is lost, too: begin it anew
         if error is not None:
             if self.meta_data != "auto" or self.held_out_loss is not None:
                 raise error
@@ -383,11 +390,13 @@ class LearnToLearn(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the optimizers and the module."""
+        self._stage = ""
         if stage == "fit":
             self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """The same: after an exception Lightning does not call ``teardown``."""
+        self._stage = ""
         self._close()
 
     def _close(self) -> None:
@@ -440,8 +449,10 @@ class LearnToLearn(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, in the fit that begins."""
+        if self._stage in ("validate", "test", "predict"):
+            return  # of a checkpoint's weights; what was learned in the last fit stays
         self._reset()
-        self._saved = state_dict
+        self._saved, self._is_loaded = state_dict, True
 
 
 class _StepsSchedulers:
@@ -465,6 +476,10 @@ class _StepsSchedulers:
 
     def __reduce__(self) -> Any:
         return _itself, (self._original,)
+
+
+def _nobody() -> None:
+    return None
 
 
 def _itself(value: Any) -> Any:
@@ -493,6 +508,11 @@ def _check(
         raise TypeError(
             "LearnToLearn(meta_data=...) was given a Dataset. Wrap it: DataLoader(dataset, batch_size=...)."
         )
+    if not isinstance(meta_data, str) and not hasattr(meta_data, "__iter__"):
+        raise TypeError(
+            f"LearnToLearn(meta_data={meta_data!r}) must be 'auto', 'val', 'train', or a loader of batches, which can be "
+            "iterated."
+        )
     if held_out_loss is not None and not callable(held_out_loss):
         raise TypeError("LearnToLearn(held_out_loss=...) must be a function of the module and a batch.")
     if held_out_loss is not None and meta_data == "train":
@@ -500,8 +520,18 @@ def _check(
             "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there "
             "are no held-out batches to take that loss of. Leave one of them out."
         )
+    if isinstance(meta_learning_rate, bool) or not isinstance(meta_learning_rate, (int, float)):
+        raise TypeError(f"LearnToLearn(meta_learning_rate={meta_learning_rate!r}) must be a number.")
     if not 0 <= meta_learning_rate < math.inf:
         raise ValueError(f"LearnToLearn(meta_learning_rate={meta_learning_rate}) must be finite, and not negative.")
+
+
+def _check_types(*, initial_search: Any, divergence_guard: Any, seed: Any) -> None:
+    for name, value in (("initial_search", initial_search), ("divergence_guard", divergence_guard)):
+        if not isinstance(value, bool):
+            raise TypeError(f"LearnToLearn({name}={value!r}) must be True or False.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"LearnToLearn(seed={seed!r}) must be a whole number.")
 
 
 def _check_learned(estimator: Estimator, learned: Any) -> None:

@@ -258,8 +258,8 @@ class Rule:
         return step >= round(self._next) or self._last < self._decay_at <= step
 
     def is_ramping(self, step: int) -> bool:
-        """Whether the rate has risen at once since the last update, and may go on."""
-        return self.ramp_steps > self._last and step < _RAMP_STEPS
+        """Whether the rate may go on rising at once: it has since the last update, or it is too early to tell."""
+        return step < _FIRST_UPDATE or self.ramp_steps > self._last and step < _RAMP_STEPS
 
     def see(self, step: int, measured: Iterable[Sequence[float]], unit: int = 0) -> None:
         """Measurements of a unit since the last call, each ``[<g, d>, <g, g>, <d, d>, <w, w>]``."""
@@ -317,7 +317,8 @@ class Rule:
                 rise = 0.0
             moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
             self.log_factors[unit] = max(moved, min(self._floor, value))
-        if step >= self._decay_at and self._decay_from == math.inf and any(mean > _PROGRESS for mean in means):
+        is_late = self._decay_at <= step < self.planned_steps
+        if is_late and self._decay_from == math.inf and any(mean > _PROGRESS for mean in means):
             self._decay_from = step
         self._sums = [[0.0, 0.0, 0.0] for _ in means]
         self._last = step
