@@ -190,6 +190,13 @@ class LearnToLearn(pl.Callback):
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
         manual = lightning_api.is_manual(module)
+        is_player = manual and len(lightning_api.real_optimizers(trainer)) > 1
+        if is_player:
+            self._say(
+                "players",
+                "several optimizers are stepped by hand, so each is taken for a player of a game: its rate is raised "
+                "only where it hardly moves the weights.",
+            )
         # How often training_step steps by hand is not known, and what its losses say of each optimizer neither.
         planned_steps = math.inf if manual else lightning_api.planned_steps(trainer)
         if isinstance(self.estimator, Displacement):
@@ -201,6 +208,7 @@ class LearnToLearn(pl.Callback):
                 initial_search=self.initial_search,
                 divergence_guard=self.divergence_guard and not manual,
                 has_schedule=lightning_api.has_schedule(trainer),
+                is_player=is_player,
                 modules=[module],
                 seed=self.seed,
             )
@@ -362,7 +370,7 @@ class LearnToLearn(pl.Callback):
             suffix = f"/optimizer_{number}" if len(optimizers) > 1 else ""
             found = {f"l2l/{name}{suffix}": value for name, value in values.items()}
             for kind in ("cosine", "held_out_cosine"):
-                names = reporting.names_of(kind, [optimizers[number]])
+                names = reporting.names_of(kind, optimizers)[sum(len(o.param_groups) for o in optimizers[:number]) :]
                 found |= dict(zip(names, record.get(kind, []), strict=False))
             found |= reporting.unrolled_values(record, optimizers[number])
             reporting.log(trainer, module, found)

@@ -207,6 +207,8 @@ class Rule:
         speed: A multiple of the usual speed; 0 only observes.
         ramps: Whether a rate that hardly moves the weights rises in the first steps already.
         decays: Whether the rate may fall to zero at the end.
+        plays: Whether this is one player of a game, whose steps count against those of others. It may go on for ever in
+            one direction without progress, so there only a rate that is far too small rises.
     """
 
     def __init__(
@@ -219,6 +221,7 @@ class Rule:
         speed: float,
         ramps: bool,
         decays: bool,
+        plays: bool = False,
     ) -> None:
         self.planned_steps = planned_steps
         self.only_observes = speed == 0
@@ -228,6 +231,7 @@ class Rule:
         self._every = every_n_steps
         self._speed = speed * _SPEED
         self._decays = decays and speed > 0 and planned_steps < math.inf
+        self._plays = plays
         self._floor = 0.0
         self._ceilings = [math.inf] * units
         self._sums = [[0.0, 0.0, 0.0] for _ in range(units)]
@@ -238,6 +242,12 @@ class Rule:
         self._next = float(every_n_steps or _FIRST_UPDATE)
         self._decay_at = math.ceil(_DECAY_AT * planned_steps) if self._decays else math.inf
         self._origin = 0
+
+    def resize(self, units: int) -> None:
+        """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
+        for values, new in ((self.log_factors, 0.0), (self._ceilings, math.inf), (self._held_out, 0.0)):
+            values[units:] = [new] * (units - len(values))
+        self._sums[units:] = [[0.0, 0.0, 0.0] for _ in range(units - len(self._sums))]
 
     def samples(self, step: int) -> bool:
         """Whether the step after so many is measured, and folded into the average."""
@@ -303,6 +313,8 @@ class Rule:
                 continue
             rise = min(1.0, max(0.0, (-mean - error - _MARGIN - _EARLY_MARGIN * early) / _FULL))
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
+            if self._plays:
+                rise = 0.0
             moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
             self.log_factors[unit] = max(moved, min(self._floor, value))
         is_late = self._decay_at <= step < self.planned_steps

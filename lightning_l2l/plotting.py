@@ -28,13 +28,6 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#56B4E9", "linestyle": (0, (3, 3))},
 )
 
-# What is drawn below the rates: label of the axis, and the values of a record with the labels of their lines.
-_PANELS = {
-    "cosine": {"cosine": "training gradients", "held_out_cosine": "held-out gradients"},
-    "meta-objective": {"meta_objective": "meta-objective"},
-    "loss": {"training_loss": "training", "held_out_loss": "held-out"},
-}
-
 # Beyond this many lines nobody reads a legend: the middle of them and their range are drawn instead.
 _MOST_LINES = len(STYLES)
 
@@ -76,12 +69,11 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 4.3, height: f
 
 
 def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
-    """The learning rates of a run, and the evidence that moved them, over its training steps.
+    """The learning rates of a run, the evidence that moved them, and the losses, over the training steps.
 
-    Below the rates are the cosines of gradient and displacement (below zero is progress, above it the steps overshoot)
-    or, with an exact estimator, its meta-objective; and the losses. A cross at the bottom marks where the training was
-    taken back, or where there was no gradient to apply; ``diagnostics["note"]`` says why. What cannot be drawn, such as
-    an infinite objective, is left out.
+    The evidence is the cosine of gradient and displacement with its standard error, and that of held-out gradients; of
+    an exact estimator, the meta-objective. A cross at the bottom marks an update at which something went wrong
+    (``diagnostics["note"]`` says what). What cannot be drawn, such as an infinite loss, is left out.
 
     Args:
         history: :attr:`LearnToLearn.history`, one record for each update.
@@ -92,57 +84,43 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: There has been no update yet.
+        ValueError: No update has happened yet.
 
     Example:
-        >>> record = {"step": 20, "learning_rates": [0.1], "cosine": [-0.4], "diagnostics": {"trouble": ""}}
-        >>> figure = plot_history([record, {**record, "step": 40, "learning_rates": [0.13]}])
+        >>> record = {"step": 10, "learning_rates": [0.1], "cosine": [-0.4], "diagnostics": {"trouble": ""}}
+        >>> figure = plot_history([record, {**record, "step": 12, "learning_rates": [0.13]}])
         >>> [axis.get_ylabel() for axis in figure.axes]
-        ['learning rate', 'cosine']
+        ['learning rate', 'cosine', 'loss']
     """
     if not history:
         raise ValueError(
-            "There is nothing to plot: the history is empty, since there has been no update yet. Fit first; with "
+            "There is nothing to plot: the history is empty, since no update has happened. Fit first; with "
             "meta_learning_rate=0 the callback observes without changing anything."
         )
-    panels = [(label, lines) for label, names in _PANELS.items() if (lines := _lines(history, names))]
-    figure, axes = new_figure(1 + len(panels), width=6.5, height=2.3)
-    rates, *others = axes[:, 0]
+    figure, axes = new_figure(3, width=6.5, height=2.3)
+    rates, evidence, losses = axes[:, 0]
     steps = [record["step"] for record in history]
     _draw_rates(rates, steps, [record["learning_rates"] for record in history])
-    rates.set(ylabel="learning rate", yscale="log")
-    for axis, (label, lines) in zip(others, panels, strict=True):
-        for style, (name, values) in zip(STYLES, lines.items(), strict=False):
-            axis.plot(steps, values, marker=".", label=name, **style)
-        axis.set(ylabel=label)
-        if label == "cosine":
-            axis.axhline(0.0, color="black", linewidth=0.5)
-        if len(lines) > 1:
+    if any("meta_objective" in record for record in history):
+        evidence.plot(steps, _column(history, "meta_objective"), marker=".", **STYLES[0])
+        evidence.set(ylabel="meta-objective")
+    else:
+        _draw_cosines(evidence, steps, history)
+    _draw_columns(losses, steps, {name: _column(history, f"{name}_loss") for name in ("training", "held_out")})
+    losses.set(ylabel="loss", xlabel="training step")
+    failed = [record["step"] for record in history if record["diagnostics"]["trouble"]]
+    for axis in axes[:, 0]:
+        axis.sharex(rates)
+        if failed:
+            place = axis.get_xaxis_transform()
+            axis.plot(failed, [0.03] * len(failed), "kx", transform=place, label="see diagnostics")
+        axis.tick_params(labelbottom=axis is losses)
+        if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize="small")
-    troubled = [record["step"] for record in history if record["diagnostics"]["trouble"]]
-    if troubled:
-        at_the_bottom = {"transform": rates.get_xaxis_transform(), "label": "taken back, or no gradient applied"}
-        rates.plot(troubled, [0.03] * len(troubled), linestyle="none", marker="x", color="black", **at_the_bottom)
-    for axis in axes[:-1, 0]:
-        axis.sharex(axes[-1, 0])
-        axis.tick_params(labelbottom=False)
-    axes[-1, 0].set(xlabel="training step")
-    if len(rates.get_legend_handles_labels()[1]) > 0:
-        rates.legend(frameon=False, fontsize="small")
+    rates.set(ylabel="learning rate", yscale="log")
     if path is not None:
         figure.savefig(path)
     return figure
-
-
-def _lines(history: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, list[float]]:
-    """By its label, each value that some record has; of one for each parameter group, the first."""
-    found = {}
-    for key, label in names.items():
-        values = [record.get(key, math.nan) for record in history]
-        numbers = [_drawable((value or [math.nan])[0] if isinstance(value, list) else value) for value in values]
-        if any(map(math.isfinite, numbers)):
-            found[label] = numbers
-    return found
 
 
 def _draw_rates(axis: Axes, steps: list[int], rates: list[list[float]]) -> None:
@@ -159,6 +137,31 @@ def _draw_rates(axis: Axes, steps: list[int], rates: list[list[float]]) -> None:
     for which, line in enumerate(lines):
         label = f"group {which}" if count > 1 else None
         axis.plot(steps, line, marker=".", label=label, **STYLES[which])
+
+
+def _draw_cosines(axis: Axes, steps: list[int], history: Sequence[Mapping[str, Any]]) -> None:
+    # Of several factors, the mean; each has its number in the records.
+    cosines, errors, held_out = (_column(history, name) for name in ("cosine", "cosine_error", "held_out_cosine"))
+    _draw_columns(axis, steps, {"training": cosines, "held_out": held_out})
+    lower, upper = ([c + sign * e for c, e in zip(cosines, errors, strict=True)] for sign in (-1, 1))
+    axis.fill_between(steps, lower, upper, alpha=0.2)
+    axis.axhline(0.0, color="black", linewidth=0.5)
+    axis.set(ylabel="cosine", ylim=(-1.05, 1.05))
+
+
+def _draw_columns(axis: Axes, steps: list[int], columns: Mapping[str, list[float]]) -> None:
+    for style, (name, values) in zip(STYLES, columns.items(), strict=False):
+        if any(map(math.isfinite, values)):
+            axis.plot(steps, values, marker=".", label=name.replace("_", "-"), **style)
+
+
+def _column(history: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    found = []
+    for record in history:
+        value = record.get(name, math.nan)
+        values = [_drawable(one) for one in value] if isinstance(value, list) else [_drawable(value)]
+        found.append(sum(values) / len(values) if values else math.nan)
+    return found
 
 
 def _drawable(value: float) -> float:

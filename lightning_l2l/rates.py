@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -101,7 +101,9 @@ class AppliedRates:
         self._shown: list[Any] = []
         self._base: list[float] = []
         # Checkpoints hold plain numbers: they load without this package.
-        self._hook = optimizer.register_state_dict_post_hook(_plain)
+        self._hook: Any = None
+        with suppress(AttributeError):  # an object that merely behaves like an optimizer
+            self._hook = optimizer.register_state_dict_post_hook(_plain)
         self.refresh()
 
     @property
@@ -121,7 +123,7 @@ class AppliedRates:
             return
         seen: set[int] = set()
         for index, group in enumerate(groups):
-            if "lr" not in group:
+            if group.get("lr") is None:
                 raise ValueError(
                     f"Parameter group {index} of {type(self.optimizer).__name__} has no learning rate 'lr', so there "
                     "is nothing to learn. Leave this optimizer out."
@@ -213,7 +215,8 @@ class AppliedRates:
         Args:
             keep: Whether they are the applied rates, or the base rates.
         """
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         for group, rate in zip(self.optimizer.param_groups, self.applied if keep else self._base, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)

@@ -238,7 +238,8 @@ class Batches:
                 own._iterator = None
                 loader = own
             self._iterator = _endless(loader, self._limit)
-        return next(self._iterator)
+        with preserved_generators(self._loader):  # and those of its data set and sampler
+            return next(self._iterator)
 
 
 def _endless(loader: Any, limit: int | None) -> Iterator[Any]:
