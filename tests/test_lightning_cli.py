@@ -70,7 +70,9 @@ def test_the_command_line_configures_the_callback(case: str, tmp_path: Path, mon
     Path("x.yaml").write_text(YAML, encoding="utf-8")
     arguments, expected = CASES[case]
     options = [f"--trainer.{name}={value}" for name, value in QUIET.items()]
-    cli = LightningCLI(Model, Data, args=["fit", *arguments, *options], save_config_callback=None)
+    cli = LightningCLI(
+        Model, Data, args=["fit", *arguments, *options], save_config_callback=None, seed_everything_default=0
+    )
     (callback,) = (found for found in cli.trainer.callbacks if isinstance(found, LearnToLearn))
     assert {name: getattr(callback, name) for name in expected} == expected and callback.history
 
@@ -79,5 +81,5 @@ def test_the_command_line_configures_the_callback(case: str, tmp_path: Path, mon
 def test_what_is_wrong_ends_before_the_fit(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["fit", "--trainer.callbacks=lightning_l2l.LearnToLearn", f"--trainer.callbacks.{wrong}"]
     with pytest.raises((SystemExit, ValueError)):
-        LightningCLI(Model, Data, args=arguments, save_config_callback=None)
+        LightningCLI(Model, Data, args=arguments, save_config_callback=None, seed_everything_default=0)
     capsys.readouterr()

@@ -61,7 +61,7 @@ def assert_unchanged(trainer: Any, make: Any, watching: dict[str, Any] | None = 
 @pytest.mark.parametrize("make", [Rich, Attention, Recurrent, TiedAndFrozen, Twice])
 @pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM], ids=["momentum", "adam"])
 def test_every_kind_of_module(trainer: Any, make: Any, optimizer: Any) -> None:
-    callback = assert_unchanged(trainer, lambda: make(optimizer))
+    callback = assert_unchanged(trainer, lambda: make(optimizer), {"meta_data": "val"})
     assert all(np.isfinite(record["held_out_loss"]) for record in callback.history)
 
 
