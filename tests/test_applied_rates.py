@@ -1,4 +1,4 @@
-"""Base and applied rates: what is logged is what the optimizer steps with, and everybody's schedule stays what it is."""
+"""Base and applied rates: what is logged is what the optimizer steps with; everybody's schedule stays what it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from torch.optim import lr_scheduler
 
 from lightning_l2l import LearnToLearn
 from lightning_l2l.rates import AppliedRate, AppliedRates
-
 
 START = 1e-5  # so small that it doubles in every step, from the fourth on
 
@@ -100,7 +99,9 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
         )
     ),
     "chained": by_step(
-        lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.5, 5), lr_scheduler.ExponentialLR(o, 0.9)])
+        lambda o: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ConstantLR(o, 0.5, 5), lr_scheduler.ExponentialLR(o, 0.9)]
+        )
     ),
     "of one's own": by_step(Multiplies),
     "plateau": lambda o: {"scheduler": lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5), "monitor": "steady"},
@@ -274,8 +275,10 @@ def test_the_module_can_be_copied_and_pickled_and_the_optimizer_saved_during_the
     assert all(type(group["lr"]) is float for group in copies.state["param_groups"])
     assert copies.loaded["param_groups"] == copies.state["param_groups"]
     for found in copies.found:
-        assert is_overridden("training_step", found) and "lr_scheduler_step" not in vars(found) or callable(
-            found.lr_scheduler_step
+        assert (
+            is_overridden("training_step", found)
+            and "lr_scheduler_step" not in vars(found)
+            or callable(found.lr_scheduler_step)
         )
         assert found.lr_scheduler_step.__func__ is pl.LightningModule.lr_scheduler_step
 

@@ -1,4 +1,4 @@
-"""The default estimator equals a slow twin that is written on one page: average, cosine, and the rule that moves rates."""
+"""The default estimator equals a slow twin that is written on one page: average, cosine, and rule."""
 
 from __future__ import annotations
 
@@ -165,7 +165,9 @@ class Beside(pl.Callback):
                 parameter.grad = gradient
 
         held_out = None if self.held_out is None else gradients
-        self.twin = SlowTwin(trainer.optimizers[0], trainer.estimated_stepping_batches, held_out=held_out, **self.options)
+        self.twin = SlowTwin(
+            trainer.optimizers[0], trainer.estimated_stepping_batches, held_out=held_out, **self.options
+        )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self.twin.before_step()
@@ -220,9 +222,7 @@ def train(
 ) -> tuple[Any, SlowTwin]:
     """A loop of plain PyTorch with the estimator and its twin."""
     twin = SlowTwin(optimizer, steps, per, ramps=ramps)
-    tuner = Displacement(per=per).attach(
-        optimizer, planned_steps=steps, initial_search=ramps, divergence_guard=False
-    )
+    tuner = Displacement(per=per).attach(optimizer, planned_steps=steps, initial_search=ramps, divergence_guard=False)
     for step in range(steps):
         each(step)
 
@@ -324,6 +324,7 @@ def test_a_group_that_is_added_is_measured_from_then_on() -> None:
     def add(step: int) -> None:
         if step == 25:
             optimizer.add_param_group({"params": parameters[1:]})
+
     tuner, twin = train(parameters, optimizer, noisy_valley(parameters), each=add)
     assert [len(record["learning_rates"]) for record in tuner.history] == [
         1 if record["step"] <= 25 else 2 for record in tuner.history
@@ -383,4 +384,12 @@ def test_rates_fall_to_zero_at_the_end_where_noise_rules_and_nobody_else_schedul
 def test_updates_every_n_steps(trainer: Any) -> None:
     callback = LearnToLearn(every_n_steps=4, initial_search=False)
     trainer(callback, max_epochs=4).fit(Plain(sgd(0.1)), loader(), loader(24, 1))
-    assert [record["step"] for record in callback.history] == [4, 8, 12, 16, 20, 21, 24]  # 21: where the decay may begin
+    assert [record["step"] for record in callback.history] == [
+        4,
+        8,
+        12,
+        16,
+        20,
+        21,
+        24,
+    ]  # 21: where the decay may begin

@@ -33,7 +33,11 @@ CASES: dict[str, Any] = {
     "accumulated": ("adam", {"accumulate_grad_batches": 2}, {"meta_data": "train"}),
     "in the search": ("tiny", {}, {"meta_data": "train", "initial_search": True}),
     "lost": ("far too large", {"max_epochs": 6}, {"meta_data": "train"}),
-    "unused parameters are looked for": ("momentum", {"strategy": "ddp_find_unused_parameters_true"}, {"meta_data": "train"}),
+    "unused parameters are looked for": (
+        "momentum",
+        {"strategy": "ddp_find_unused_parameters_true"},
+        {"meta_data": "train"},
+    ),
 }
 
 

@@ -78,7 +78,9 @@ def test_a_run_at_a_rate_of_ten_recovers(trainer: Any, case: str) -> None:
     options = {"accumulate_grad_batches": 2, "max_epochs": 40} if case == "accumulated" else {"max_epochs": 30}
     callback = fit(trainer, module, **options)
     assert rollbacks(callback) and final_loss(module) < 1.25 * math.log(CLASSES)
-    assert all(record["learning_rates"][0] < 10 for record in callback.history if record["step"] >= rollbacks(callback)[0])
+    assert all(
+        record["learning_rates"][0] < 10 for record in callback.history if record["step"] >= rollbacks(callback)[0]
+    )
 
 
 @pytest.mark.filterwarnings(LOST)

@@ -1,4 +1,4 @@
-"""Held-out batches: by number, without touching what the run reads from, and the way out where a step cannot take them."""
+"""Held-out batches: by number, without touching what the run reads from; the way out where a step cannot take them."""
 
 from __future__ import annotations
 
@@ -301,7 +301,9 @@ def views() -> dict[str, Any]:
     return {"train_dataloaders": DataLoader(data, 8), "val_dataloaders": loader(24, 1)}
 
 
-@pytest.mark.feature("modules whose validation batches are no training batches", "works", "held_out_loss=, or on training gradients")
+@pytest.mark.feature(
+    "modules whose validation batches are no training batches", "works", "held_out_loss=, or on training gradients"
+)
 def test_auto_falls_back_with_one_message_and_val_says_the_way_out(trainer: Any) -> None:
     callback = learner()
     with pytest.warns(UserWarning, match="goes on with the training gradients") as caught:

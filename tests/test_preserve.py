@@ -1,4 +1,4 @@
-"""Calls of the user's step that the run does not notice: everything that a step may touch is put back, errors or not."""
+"""Calls of the user's step that the run does not notice: all that a step may touch is put back, errors or not."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def content(module: nn.Module) -> Any:
             return [plain(item) for item in value]
         return copy.copy(value) if isinstance(value, (set, np.ndarray, int, float, str, bool)) else None
 
-    found = {f"{name}.{key}": plain(v) for name, m in module.named_modules() for key, v in vars(m).items() if key[0] != "_"}
+    found = {
+        f"{name}.{key}": plain(v) for name, m in module.named_modules() for key, v in vars(m).items() if key[0] != "_"
+    }
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     grads = {name: plain(p.grad) for name, p in module.named_parameters() if p.grad is not None}
     state = {name: value.clone() for name, value in module.state_dict().items()}
@@ -137,18 +139,20 @@ def test_everything_that_a_step_touches_is_put_back(trainer: Any, fails: bool) -
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     for _ in range(3):  # the first call finds out what the step moves
-        with pytest.raises(KeyError) if fails else torch.enable_grad():
-            with preserved(), unnoticed(fitted, module, 7):
-                assert all(p.grad is None for p in module.parameters())
-                module.training_step(batch, 0).backward()
-                fitted.should_stop = True
-                fitted.fresh = 1
-                fitted.logger.log_metrics({"x": 1.0})
-                assert module.count == 1 and module.items == [1, 2] and module.recent.maxlen == 2
-                if fails:
-                    raise KeyError
+        raised = pytest.raises(KeyError) if fails else torch.enable_grad()
+        with raised, preserved(), unnoticed(fitted, module, 7):
+            assert all(p.grad is None for p in module.parameters())
+            module.training_step(batch, 0).backward()
+            fitted.should_stop = True
+            fitted.fresh = 1
+            fitted.logger.log_metrics({"x": 1.0})
+            assert module.count == 1 and module.items == [1, 2] and module.recent.maxlen == 2
+            if fails:
+                raise KeyError
         assert difference(before, content(module)) == ""
-        assert all(vars(module)[key] is value for key, value in objects.items()) and vars(module).keys() == objects.keys()
+        assert (
+            all(vars(module)[key] is value for key, value in objects.items()) and vars(module).keys() == objects.keys()
+        )
         assert all(vars(fitted)[key] is value for key, value in flags.items()) and vars(fitted).keys() == flags.keys()
         assert difference(states, (torch.get_rng_state(), np.random.get_state()[1], random.getstate())) == ""
         assert module.child.training and logger.rows == []

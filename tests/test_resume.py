@@ -51,7 +51,11 @@ CASES: dict[str, Any] = {
     "defaults": {"ours": {"initial_search": True, "every_n_steps": None}},
     "training gradients": {"ours": {"meta_data": "train"}},
     "held-out gradients": {"ours": {"meta_data": "val"}},
-    "in the search": {"make": lambda: Deterministic(SMALL), "ours": {"initial_search": True, "every_n_steps": None}, "steps": (5,)},
+    "in the search": {
+        "make": lambda: Deterministic(SMALL),
+        "ours": {"initial_search": True, "every_n_steps": None},
+        "steps": (5,),
+    },
     "a schedule": {"make": lambda: Deterministic(ADAM, COSINE), "ours": {"initial_search": True}},
     "after a rollback": {"make": lambda: Broken(sgd(0.1, momentum=0.9)), "steps": (7, 8, 13)},
     "noise at the end": {"make": lambda: Deterministic(sgd(3.0)), "steps": (19, 20, 22)},
@@ -209,7 +213,10 @@ def test_validating_testing_and_predicting_leave_what_was_learned(trainer: Any, 
     state, history = callback.state_dict(), list(callback.history)
     data = loader(24, 1)
     fitted.validate(module, data), fitted.test(module, data), fitted.predict(module, data)
-    fitted.validate(module, data, ckpt_path=tmp_path / "x.ckpt"), fitted.test(module, data, ckpt_path=tmp_path / "x.ckpt")
+    (
+        fitted.validate(module, data, ckpt_path=tmp_path / "x.ckpt"),
+        fitted.test(module, data, ckpt_path=tmp_path / "x.ckpt"),
+    )
     assert difference(state, callback.state_dict()) == "" and callback.history == history
     assert callback.export_schedule().values and callback.learning_rates
     # A fresh callback that validates a checkpoint does not go on from there in a later fit of another run.

@@ -126,7 +126,9 @@ def test_observing_exports_the_schedule_of_the_run_and_the_replay_leaves_nothing
 
 
 def test_every_hyperparameter_of_a_table_is_replayed() -> None:
-    table = LearnedSchedule(("lr", "beta1", "beta2", "weight_decay"), (0, 2), ((0.1, 0.9, 0.99, 0.0), (0.2, 0.8, 0.98, 0.1)))
+    table = LearnedSchedule(
+        ("lr", "beta1", "beta2", "weight_decay"), (0, 2), ((0.1, 0.9, 0.99, 0.0), (0.2, 0.8, 0.98, 0.1))
+    )
     optimizer = torch.optim.Adam([nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = table.scheduler(optimizer)
     for _ in range(3):
@@ -139,7 +141,11 @@ def test_every_hyperparameter_of_a_table_is_replayed() -> None:
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no optimizer step has been made"):
         LearnToLearn().export_schedule()
-    for columns, steps, values in ((("lr",), (), ()), (("lr",), (0, 0), ((1.0,), (2.0,))), (("lr",), (0,), ((1.0, 2.0),))):
+    for columns, steps, values in (
+        (("lr",), (), ()),
+        (("lr",), (0, 0), ((1.0,), (2.0,))),
+        (("lr",), (0,), ((1.0, 2.0),)),
+    ):
         with pytest.raises(ValueError, match="table with at least one row"):
             LearnedSchedule(columns, steps, values)
     (tmp_path / "x.csv").write_text("time,lr\n0,1\n")
