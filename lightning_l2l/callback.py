@@ -510,8 +510,7 @@ def _check(
         )
     if not isinstance(meta_data, str) and not hasattr(meta_data, "__iter__"):
         raise TypeError(
-            f"LearnToLearn(meta_data={meta_data!r}) must be 'auto', 'val', 'train', or a loader of batches, which can "
-            "be iterated."
+            f"LearnToLearn(meta_data={meta_data!r}) must be 'auto', 'val', 'train', or a loader of batches."
         )
     if held_out_loss is not None and not callable(held_out_loss):
         raise TypeError("LearnToLearn(held_out_loss=...) must be a function of the module and a batch.")

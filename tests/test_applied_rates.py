@@ -1,4 +1,4 @@
-"""What is logged is what the optimizer steps with, and everybody's schedule stays what it is."""
+"""Base and applied rates: what is logged is what the optimizer steps with; everybody's schedule stays what it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The default estimator equals a slow twin on one page: average, cosine, and the rule that moves rates."""
+"""The default estimator equals a slow twin that is written on one page: average, cosine, and rule."""
 
 from __future__ import annotations
 

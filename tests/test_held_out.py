@@ -1,4 +1,4 @@
-"""Held-out batches: by number, without touching what the run reads from; and where a step cannot take them."""
+"""Held-out batches: by number, without touching what the run reads from; the way out where a step cannot take them."""
 
 from __future__ import annotations
 

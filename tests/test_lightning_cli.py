@@ -63,6 +63,7 @@ def _no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train.py"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's own use of jsonargparse
 @pytest.mark.feature("LightningCLI", "works", "estimators by class_path")
 @pytest.mark.parametrize("case", CASES)
 def test_the_command_line_configures_the_callback(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Calls of the user's step that the run does not notice: everything is put back, after errors, too."""
+"""Calls of the user's step that the run does not notice: all that a step may touch is put back, errors or not."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def test_everything_that_a_step_touches_is_put_back(trainer: Any, fails: bool) -
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     for _ in range(3):  # the first call finds out what the step moves
-        expected: Any = pytest.raises(KeyError) if fails else torch.enable_grad()
-        with expected, preserved(), unnoticed(fitted, module, 7):
+        raised = pytest.raises(KeyError) if fails else torch.enable_grad()
+        with raised, preserved(), unnoticed(fitted, module, 7):
             assert all(p.grad is None for p in module.parameters())
             module.training_step(batch, 0).backward()
             fitted.should_stop = True

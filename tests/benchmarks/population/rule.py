@@ -127,7 +127,6 @@ class Rule(LeaveAlone):
         self.count, self.sum, self.squares = torch.zeros(3, len(mean))
         return better
 
-
     def evidence(self, t: int, mean: Tensor, held_cosine: Tensor | None) -> Tensor:
         return mean
 
@@ -223,4 +222,12 @@ class Greedy(LeaveAlone):
         self.good, self.bad = torch.where(up, 0.0, self.good), torch.where(down, 0.0, self.bad)
 
 
-RULES = {"held": HeldOut, "few": FewPasses, "greedy": Greedy, "rule-unknown-length": UnknownLength, "none": LeaveAlone, "old": Old, "rule": Rule}
+RULES = {
+    "held": HeldOut,  # the default, with held-out data
+    "few": FewPasses,  # the default, without
+    "rule": Rule,
+    "rule-unknown-length": UnknownLength,
+    "greedy": Greedy,
+    "none": LeaveAlone,
+    "old": Old,
+}
