@@ -41,7 +41,7 @@ CASES: dict[str, Any] = {
 }
 
 
-@pytest.mark.feature("DDP", "works", "the rates are those of one process with all batches")
+@pytest.mark.feature("several devices and nodes by DDP", "works", "the rates are those of one process with all batches")
 @pytest.mark.filterwarnings("ignore:LearnToLearn. after step")
 @pytest.mark.parametrize("case", CASES)
 def test_rates_are_equal_on_all_processes_and_those_of_the_joined_batch(tmp_path: Path, case: str) -> None:
@@ -61,7 +61,7 @@ def test_rates_are_equal_on_all_processes_and_those_of_the_joined_batch(tmp_path
     assert any(record["diagnostics"]["trouble"] for record in found["history"]) is (case == "lost")
 
 
-@pytest.mark.feature("DDP", "works", "the rates are those of one process with all batches")
+@pytest.mark.feature("several devices and nodes by DDP", "works", "the rates are those of one process with all batches")
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
 def test_watching_changes_nothing(tmp_path: Path, strategy: str) -> None:
     expected, found = (launch(tmp_path, runs.unchanged, ours, strategy) for ours in (False, True))
