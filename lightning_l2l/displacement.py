@@ -30,7 +30,7 @@ from lightning_l2l.preserve import local
 # The constants of the rule were chosen on one half of the task families of tests/benchmarks/population; docs/no-harm.md
 # has their results on the other half.
 _SMALL = 2**14  # entries: tensors up to this size are measured together
-_AVERAGE = 9  # the average moves by 9 / (t + 9) of the way: a mean age of an eighth of the steps
+_AVERAGE = 9  # the average moves by 9 / (t + 9) of the way: a mean age of a tenth of the steps
 _SAMPLES = 128  # measurements each time that the number of steps doubles, about
 _FIRST_UPDATE, _RATIO = 10, 1.2  # updates follow 10, 12, 15, ... steps
 _SPEED = 2.0  # the most that the log of the rate moves for each unit of the log of time
@@ -49,7 +49,7 @@ _STATE = (
 
 
 class RunningAverage:
-    """The average of the weights over the last eighth of the steps, and where the weights are seen from there.
+    """The running average of the weights, a tenth of the steps old in the mean, and where the weights are from there.
 
     After step ``t`` it moves to the weights by ``9 / (t + 9)`` of the way. **Memory**: one copy of the trained
     parameters (of the local shards, where they are sharded), in float32 at least. **Cost**: reading them once in

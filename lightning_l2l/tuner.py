@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lightning_l2l.displacement import Rule, RunningAverage, cosine
 from lightning_l2l.guard import LossWatch, Snapshot, is_worse
 from lightning_l2l.preserve import PreservedTensors, preserved_module, preserved_random_state
-from lightning_l2l.rates import AppliedRates
-from lightning_l2l.schedule import AppliedRecord
+from lightning_l2l.rates import AppliedRates, AppliedRecord
 
 # ``gradient(number, before)`` opens a context in which the trained parameters hold a held-out gradient, and yields the
 # loss; ``before`` is called once everything is saved, and may move the weights. See lightning_l2l.host.held_out.

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_l2l import LearnedSchedule, LearnToLearn
-from lightning_l2l.schedule import AppliedRecord
+from lightning_l2l.rates import AppliedRecord
 
 COSINE = lambda o: {"scheduler": lr_scheduler.CosineAnnealingLR(o, 20), "interval": "step"}  # noqa: E731
 BY_EPOCH = lambda o: lr_scheduler.ExponentialLR(o, 0.5)  # noqa: E731
