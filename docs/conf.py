@@ -29,6 +29,9 @@ html_theme_options = {
 }
 html_copy_source = False
 
+# Two classes are called Rule, that of the default estimator and that of a functional optimizer.
+suppress_warnings = ["ref.python"]
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"

@@ -19,8 +19,8 @@ def main(arguments: list[str] | None = None) -> LightningCLI:
     cli = LightningCLI(Classifier, Digits, args=arguments, save_config_callback=None)
     for callback in cli.trainer.callbacks:
         if isinstance(callback, LearnToLearn):
-            rates = " -> ".join(f"{record['learning_rates'][0]:.3g}" for record in callback.history)
-            print(f"learning rates: {rates}; held-out loss {cli.trainer.callback_metrics['val_loss']:.3f}")
+            rates = ", ".join(f"{record['learning_rates'][0]:.2g}" for record in callback.history)
+            print(f"learning rates: {rates}\nheld-out loss: {cli.trainer.callback_metrics['val_loss']:.3f}")
             callback.plot("digits_cli.png")
     return cli
 

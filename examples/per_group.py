@@ -1,25 +1,24 @@
-"""Fine-tuning: a pretrained body and a fresh head rarely want the same learning rate, so each group learns its own.
+"""Fine-tuning: a pretrained body and a fresh head rarely want the same learning rate, so each group learns a factor.
 
     python examples/per_group.py
 
-A classifier is trained on the digits. Its head is then thrown away and the whole is fine-tuned on 150 of the images,
-turned by a quarter, with another assignment of labels to digits. `LearnedStepSize(per="group")`, the default, learns
-one rate for the body and one for the head; `per="optimizer"` learns one for both. Writes per_group.png.
+A classifier is trained on the digits. Its head is then replaced, and the whole is fine-tuned on 150 of the images,
+turned by a quarter, with another assignment of labels to digits. `LearnToLearn()` learns one factor for both groups,
+`Displacement(per="group")` one for each. Writes per_group.png.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
-from digits import HeldOutLoss
 from digits_task import QUIET, Classifier, Digits, mlp, prepare
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_l2l import LearnedStepSize, LearnToLearn
+from lightning_l2l import Displacement, LearnToLearn
 from lightning_l2l.plotting import STYLES, new_figure
 
 
@@ -44,6 +43,10 @@ class FineTuned(Classifier):
         self.network = mlp()
         self.network.load_state_dict(pretrained.state_dict())
         self.network[-1].reset_parameters()
+        self.seen: list[tuple[int, float]] = []
+
+    def on_validation_epoch_end(self) -> None:
+        self.seen.append((self.trainer.global_step, self.trainer.callback_metrics["val_loss"].item()))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = [
@@ -53,26 +56,27 @@ class FineTuned(Classifier):
         return torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9)
 
 
-def fine_tune(pretrained: nn.Module, per: Literal["optimizer", "group"] | None, epochs: int, axes: Any) -> list[float]:
+def fine_tune(name: str, pretrained: nn.Module, learner: LearnToLearn | None, epochs: int, axes: Any) -> list[float]:
     L.seed_everything(0, verbose=False)
-    model, data, held_out = FineTuned(pretrained, learning_rate=1e-3), TurnedDigits(), HeldOutLoss()
-    learner = LearnToLearn(LearnedStepSize(per=per), every_n_steps=10) if per else None
-    trainer = L.Trainer(max_epochs=epochs, callbacks=[held_out, learner] if learner else [held_out], **QUIET)
+    model, data = FineTuned(pretrained, learning_rate=1e-4), TurnedDigits()
+    trainer = L.Trainer(max_epochs=epochs, callbacks=[learner] if learner else [], **QUIET)
     trainer.fit(model, data)
+    steps, losses = zip(*model.seen, strict=True)
     tested = trainer.test(model, data, verbose=False)[0]
-    constant = {"step": trainer.global_step, "learning_rates": [1e-3, 1e-3]}
-    history = learner.history if learner else [{**constant, "step": 0}, constant]
-    body, head = zip(*(record["learning_rates"] for record in history), strict=True)
-    label = {None: "as it is", "optimizer": "one for both", "group": "one for each"}[per]
-    print(f"{label:13} body {body[-1]:8.2g}   head {head[-1]:8.2g}   ", end="")
-    print(f"test loss {tested['test_loss']:.3f}   accuracy {tested['test_accuracy']:.3f}")
-    style = dict(zip((None, "optimizer", "group"), STYLES[2::-1], strict=True))[per]
-    steps = [record["step"] for record in history]
-    axes[0].plot(steps, body, label="the body's" if per == "group" else label, **style)
-    if per == "group":
-        axes[0].plot(steps, head, label="the head's", **STYLES[3])
-    axes[1].plot(*zip(*held_out.curve, strict=True), label=label, **style)
-    return [body[-1], head[-1]]
+    rates = {name: [1e-4] * len(steps)}
+    if learner is not None:
+        schedule = learner.export_schedule()  # what was applied in each step
+        groups = {group: [schedule.at(step - 1)[f"lr/{group}"] for step in steps] for group in ("body", "head")}
+        rates = {f"{name}: {group}": values for group, values in groups.items()}
+        if groups["body"] == groups["head"]:
+            rates = {name: groups["body"]}
+    largest = [max(values) for values in rates.values()]
+    print(f"{name:13} largest rates {', '.join(f'{rate:.2g}' for rate in largest):16}", end="")
+    print(f" test loss {tested['test_loss']:.3f}   accuracy {tested['test_accuracy']:.3f}")
+    for label, values in rates.items():
+        axes[0].plot(steps, values, label=label, **STYLES[len(axes[0].lines)])
+    axes[1].plot(steps, losses, label=name, **STYLES[len(axes[1].lines)])
+    return largest
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
@@ -85,10 +89,15 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model = Classifier(learning_rate=0.1)
     L.Trainer(max_epochs=1 if options.quick else 15, **QUIET).fit(model, Digits())
     figure, axes = new_figure(1, 2)
-    for per in (None, "optimizer", "group"):
-        rates = fine_tune(model.network, per, 4 if options.quick else 60, axes[0])
-    for axis, name in zip(axes[0], ("learning rate", "held-out loss"), strict=True):
-        axis.set(xlabel="training step", ylabel=name, yscale="log")
+    learners = {
+        "as it is": None,
+        "one for both": LearnToLearn(),
+        "one for each": LearnToLearn(Displacement(per="group")),
+    }
+    for name, learner in learners.items():
+        rates = fine_tune(name, model.network, learner, 10 if options.quick else 60, axes[0])
+    for axis, label in zip(axes[0], ("learning rate", "held-out loss"), strict=True):
+        axis.set(xlabel="training step", ylabel=label, yscale="log")
         axis.legend(frameon=False)
     figure.savefig(options.plot)
     return rates

@@ -7,14 +7,14 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import Dataset
 
+from lightning_l2l.arguments import Estimator, MetaData, check_arguments, check_learned, check_types
 from lightning_l2l.exact.estimators import EvolutionStrategies, Unroll
 from lightning_l2l.host import lightning_api, reporting
 from lightning_l2l.host.held_out import HeldOut, ValidationBatches
@@ -22,15 +22,12 @@ from lightning_l2l.host.isolation import hidden_attribute
 from lightning_l2l.host.refusals import prepare
 from lightning_l2l.host.unroll import UnrollTuner
 from lightning_l2l.learned import LearnedHyperparameters, LearnedOptimizer
-from lightning_l2l.rates import plain
-from lightning_l2l.schedule import AppliedRecord, LearnedSchedule
+from lightning_l2l.rates import AppliedRecord, plain
+from lightning_l2l.schedule import LearnedSchedule
 from lightning_l2l.tuner import Displacement, HeldOutGradient, SearchResult, Tuner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MetaData = Literal["auto", "val", "train"]
-Estimator = Displacement | Unroll | EvolutionStrategies
 
 
 class LearnToLearn(pl.Callback):
@@ -111,8 +108,9 @@ class LearnToLearn(pl.Callback):
         """See the class."""
         super().__init__()
         estimator = Displacement() if estimator is None else estimator
-        _check(estimator, every_n_steps, meta_data, held_out_loss, meta_learning_rate)
-        _check_learned(estimator, learned)
+        check_arguments(estimator, every_n_steps, meta_data, held_out_loss, meta_learning_rate)
+        check_types(initial_search=initial_search, divergence_guard=divergence_guard, seed=seed)
+        check_learned(estimator, learned)
         self.estimator: Estimator = estimator
         self.every_n_steps = every_n_steps
         self.meta_data = meta_data
@@ -129,6 +127,7 @@ class LearnToLearn(pl.Callback):
         self._batch: Any = None
         self._waits_for_data = False
         self._cleanup = ExitStack()
+        self._stage = ""
         self._reset()
 
     def _reset(self) -> None:
@@ -136,18 +135,25 @@ class LearnToLearn(pl.Callback):
         self.learning_rates: list[float] = []
         self.search_result: SearchResult | None = None
         self._saved: dict[str, Any] = {}  # what the next fit goes on from
-        self._model: Callable[[], Any] = lambda: None
+        self._is_loaded = False
+        self._model: Callable[[], Any] = _nobody
         self._said: set[str] = set()
         self._logged: tuple[int, list[float]] | None = None
         self._losses: list[torch.Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles (of ``ddp_spawn``) know of no model."""
+        return {**vars(self), "_model": _nobody}
 
     # Hooks of the Trainer, in the order in which they are called.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
+        self._stage = stage
         if stage != "fit":
             return
-        if trainer.global_step == 0 or self._model() is not pl_module:
+        goes_on = trainer.global_step > 0 and self._model() is pl_module
+        if not goes_on and not self._is_loaded:
             self._reset()
         lightning_api.refuse_several(trainer, LearnToLearn)
 
@@ -159,7 +165,7 @@ class LearnToLearn(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizers, restored or fresh."""
-        saved = self._saved if self._model() in (None, pl_module) else {}
+        saved, self._is_loaded = self._saved, False
         self._model = weakref.ref(pl_module)
         self.history = copy.deepcopy(saved.get("history", []))
         # By default held-out data are asked from the second pass on, and looked for then.
@@ -181,6 +187,13 @@ class LearnToLearn(pl.Callback):
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
         manual = lightning_api.is_manual(module)
+        is_player = manual and len(lightning_api.real_optimizers(trainer)) > 1
+        if is_player:
+            self._say(
+                "players",
+                "several optimizers are stepped by hand, so each is taken for a player of a game: its rate is raised "
+                "only where it hardly moves the weights.",
+            )
         # How often training_step steps by hand is not known, and what its losses say of each optimizer neither.
         planned_steps = math.inf if manual else lightning_api.planned_steps(trainer)
         if isinstance(self.estimator, Displacement):
@@ -192,6 +205,7 @@ class LearnToLearn(pl.Callback):
                 initial_search=self.initial_search,
                 divergence_guard=self.divergence_guard and not manual,
                 has_schedule=lightning_api.has_schedule(trainer),
+                is_player=is_player,
                 modules=[module],
                 seed=self.seed,
             )
@@ -225,8 +239,9 @@ class LearnToLearn(pl.Callback):
                     "counts, or leave meta_data out: then the rates are learned from the training gradients."
                 )
             return None
-        loaders = lightning_api.validation_loaders(trainer) if own else self.meta_data
-        loader, count = lightning_api.first_loader(loaders)
+        loader, count = self.meta_data, 1  # a list is one of batches
+        if own:
+            loader, count = lightning_api.first_loader(lightning_api.validation_loaders(trainer))
         if loader is None:
             if self.meta_data == "val" or self.held_out_loss is not None:
                 raise MisconfigurationException(
@@ -314,6 +329,9 @@ class LearnToLearn(pl.Callback):
         held_out = None if self._held_out is None else self._held_out.gradient
         record = tuner.step(loss, held_out=held_out, compare=self._compare, passes=passes)
         error, tuner.held_out_error = tuner.held_out_error, None
+        if record is not None and record["diagnostics"]["trouble"] == "rolled_back":
+            for count in lightning_api.averages(trainer):
+                count.zero_()  # an average with weights of the lost run is lost, too: begin it anew
         if error is not None:
             if self.meta_data != "auto" or self.held_out_loss is not None:
                 raise error
@@ -349,7 +367,7 @@ class LearnToLearn(pl.Callback):
             suffix = f"/optimizer_{number}" if len(optimizers) > 1 else ""
             found = {f"l2l/{name}{suffix}": value for name, value in values.items()}
             for kind in ("cosine", "held_out_cosine"):
-                names = reporting.names_of(kind, [optimizers[number]])
+                names = reporting.names_of(kind, optimizers)[sum(len(o.param_groups) for o in optimizers[:number]) :]
                 found |= dict(zip(names, record.get(kind, []), strict=False))
             found |= reporting.unrolled_values(record, optimizers[number])
             reporting.log(trainer, module, found)
@@ -369,11 +387,13 @@ class LearnToLearn(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the optimizers and the module."""
+        self._stage = ""
         if stage == "fit":
             self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """The same: after an exception Lightning does not call ``teardown``."""
+        self._stage = ""
         self._close()
 
     def _close(self) -> None:
@@ -426,8 +446,10 @@ class LearnToLearn(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, in the fit that begins."""
+        if self._stage in ("validate", "test", "predict"):
+            return  # of a checkpoint's weights; what was learned in the last fit stays
         self._reset()
-        self._saved = state_dict
+        self._saved, self._is_loaded = state_dict, True
 
 
 class _StepsSchedulers:
@@ -453,70 +475,9 @@ class _StepsSchedulers:
         return _itself, (self._original,)
 
 
+def _nobody() -> None:
+    return None
+
+
 def _itself(value: Any) -> Any:
     return value
-
-
-def _check(
-    estimator: Any, every_n_steps: int | None, meta_data: Any, held_out_loss: Any, meta_learning_rate: float
-) -> None:
-    """Refuse arguments that mean nothing."""
-    if not isinstance(estimator, (Displacement, Unroll, EvolutionStrategies)):
-        raise TypeError(
-            f"LearnToLearn(estimator={estimator!r}): an estimator is an object that holds its own options, such as "
-            "Displacement(), Unroll(steps=5) or EvolutionStrategies(particles=8)."
-        )
-    if every_n_steps is not None and (isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int)):
-        raise TypeError(f"LearnToLearn(every_n_steps={every_n_steps!r}) must be a whole number of steps, or None.")
-    if every_n_steps is not None and every_n_steps < 1:
-        raise ValueError(f"LearnToLearn(every_n_steps={every_n_steps}) must be at least 1.")
-    if isinstance(meta_data, str) and meta_data not in get_args(MetaData):
-        raise ValueError(
-            f"LearnToLearn(meta_data={meta_data!r}) is not known; choose one of {list(get_args(MetaData))}, or pass a "
-            "loader of batches."
-        )
-    if isinstance(meta_data, Dataset):
-        raise TypeError(
-            "LearnToLearn(meta_data=...) was given a Dataset. Wrap it: DataLoader(dataset, batch_size=...)."
-        )
-    if held_out_loss is not None and not callable(held_out_loss):
-        raise TypeError("LearnToLearn(held_out_loss=...) must be a function of the module and a batch.")
-    if held_out_loss is not None and meta_data == "train":
-        raise ValueError(
-            "LearnToLearn(held_out_loss=..., meta_data='train') contradict each other: with meta_data='train' there "
-            "are no held-out batches to take that loss of. Leave one of them out."
-        )
-    if not 0 <= meta_learning_rate < math.inf:
-        raise ValueError(f"LearnToLearn(meta_learning_rate={meta_learning_rate}) must be finite, and not negative.")
-
-
-def _check_learned(estimator: Estimator, learned: Any) -> None:
-    """Refuse what an estimator cannot learn."""
-    if isinstance(estimator, Displacement):
-        if learned is not None:
-            raise ValueError(
-                f"LearnToLearn(learned={type(learned).__name__}(...)) needs an exact estimator. The displacement knows "
-                "what a larger learning rate would have changed, and nothing of momentum, decay or a neural optimizer. "
-                "Pass one, LearnToLearn(Unroll(steps=20), learned=...), or leave `learned` out."
-            )
-        return
-    name = type(estimator).__name__
-    if estimator.steps is None:
-        raise ValueError(f"LearnToLearn({name}()) has to know how many steps to unroll: {name}(steps=5), for example.")
-    if isinstance(estimator, EvolutionStrategies) and estimator.method != "es":
-        raise ValueError(
-            f"LearnToLearn(EvolutionStrategies(method={estimator.method!r})) carries particles from one unroll to the "
-            "next, but the unrolls of a running training do not follow each other. Use method='es'; the other methods "
-            "serve meta-training (lightning_l2l.MetaTraining)."
-        )
-    if learned is not None and not isinstance(learned, LearnedHyperparameters):
-        raise TypeError(
-            f"LearnToLearn(learned={learned!r}) must be LearnedHyperparameters(...) or LearnedStepSize(...): values of "
-            "your optimizer. To train on a neural optimizer, return learned.as_torch_optimizer(self.parameters()) from "
-            "configure_optimizers, and leave `learned` out."
-        )
-    if learned is not None and learned.per == "tensor":
-        raise ValueError(
-            "LearnToLearn(learned=...(per='tensor')): an optimizer has one value for each parameter group. Make each "
-            "tensor a group of its own in configure_optimizers, and use per='group'."
-        )

@@ -30,7 +30,7 @@ from lightning_l2l.preserve import local
 # The constants of the rule were chosen on one half of the task families of tests/benchmarks/population; docs/no-harm.md
 # has their results on the other half.
 _SMALL = 2**14  # entries: tensors up to this size are measured together
-_AVERAGE = 9  # the average moves by 9 / (t + 9) of the way: a mean age of an eighth of the steps
+_AVERAGE = 9  # the average moves by 9 / (t + 9) of the way: a mean age of a tenth of the steps
 _SAMPLES = 128  # measurements each time that the number of steps doubles, about
 _FIRST_UPDATE, _RATIO = 10, 1.2  # updates follow 10, 12, 15, ... steps
 _SPEED = 2.0  # the most that the log of the rate moves for each unit of the log of time
@@ -49,7 +49,7 @@ _STATE = (
 
 
 class RunningAverage:
-    """The average of the weights over the last eighth of the steps, and where the weights are seen from there.
+    """The running average of the weights, a tenth of the steps old in the mean, and where the weights are from there.
 
     After step ``t`` it moves to the weights by ``9 / (t + 9)`` of the way. **Memory**: one copy of the trained
     parameters (of the local shards, where they are sharded), in float32 at least. **Cost**: reading them once in
@@ -207,6 +207,8 @@ class Rule:
         speed: A multiple of the usual speed; 0 only observes.
         ramps: Whether a rate that hardly moves the weights rises in the first steps already.
         decays: Whether the rate may fall to zero at the end.
+        plays: Whether this is one player of a game, whose steps count against those of others. It may go on for ever in
+            one direction without progress, so there only a rate that is far too small rises.
     """
 
     def __init__(
@@ -219,6 +221,7 @@ class Rule:
         speed: float,
         ramps: bool,
         decays: bool,
+        plays: bool = False,
     ) -> None:
         self.planned_steps = planned_steps
         self.only_observes = speed == 0
@@ -228,6 +231,7 @@ class Rule:
         self._every = every_n_steps
         self._speed = speed * _SPEED
         self._decays = decays and speed > 0 and planned_steps < math.inf
+        self._plays = plays
         self._floor = 0.0
         self._ceilings = [math.inf] * units
         self._sums = [[0.0, 0.0, 0.0] for _ in range(units)]
@@ -239,6 +243,12 @@ class Rule:
         self._decay_at = math.ceil(_DECAY_AT * planned_steps) if self._decays else math.inf
         self._origin = 0
 
+    def resize(self, units: int) -> None:
+        """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
+        for values, new in ((self.log_factors, 0.0), (self._ceilings, math.inf), (self._held_out, 0.0)):
+            values[units:] = [new] * (units - len(values))
+        self._sums[units:] = [[0.0, 0.0, 0.0] for _ in range(units - len(self._sums))]
+
     def samples(self, step: int) -> bool:
         """Whether the step after so many is measured, and folded into the average."""
         return step % max(1, step // _SAMPLES) == 0
@@ -248,8 +258,8 @@ class Rule:
         return step >= round(self._next) or self._last < self._decay_at <= step
 
     def is_ramping(self, step: int) -> bool:
-        """Whether the rate has risen at once since the last update, and may go on."""
-        return self.ramp_steps > self._last and step < _RAMP_STEPS
+        """Whether the rate may go on rising at once: it has since the last update, or it is too early to tell."""
+        return step < _FIRST_UPDATE or self.ramp_steps > self._last and step < _RAMP_STEPS
 
     def see(self, step: int, measured: Iterable[Sequence[float]], unit: int = 0) -> None:
         """Measurements of a unit since the last call, each ``[<g, d>, <g, g>, <d, d>, <w, w>]``."""
@@ -303,9 +313,12 @@ class Rule:
                 continue
             rise = min(1.0, max(0.0, (-mean - error - _MARGIN - _EARLY_MARGIN * early) / _FULL))
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
+            if self._plays:
+                rise = 0.0
             moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
             self.log_factors[unit] = max(moved, min(self._floor, value))
-        if step >= self._decay_at and self._decay_from == math.inf and any(mean > _PROGRESS for mean in means):
+        is_late = self._decay_at <= step < self.planned_steps
+        if is_late and self._decay_from == math.inf and any(mean > _PROGRESS for mean in means):
             self._decay_from = step
         self._sums = [[0.0, 0.0, 0.0] for _ in means]
         self._last = step

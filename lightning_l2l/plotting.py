@@ -28,9 +28,6 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#56B4E9", "linestyle": (0, (3, 3))},
 )
 
-# Of a record's signals, those that are drawn; docs, "reading the signals".
-_SIGNALS = ("signal_to_noise", "agreement", "excess_growth")
-
 # Beyond this many lines nobody reads a legend: the middle of them and their range are drawn instead.
 _MOST_LINES = len(STYLES)
 
@@ -72,15 +69,14 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 4.3, height: f
 
 
 def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
-    """The learning rates and the meta-objective of a run, over its training steps.
+    """The learning rates of a run, the evidence that moved them, and the losses, over the training steps.
 
-    A cross at the bottom marks a meta-update without a gradient to apply (``diagnostics["note"]`` says why): a loss had
-    diverged or left the number range, the training was taken back, a batch was skipped. Below are the
-    signals (docs, "reading the signals"), once there are any. What cannot be drawn, such as an infinite objective, is
-    left out.
+    The evidence is the cosine of gradient and displacement with its standard error, and that of held-out gradients; of
+    an exact estimator, the meta-objective. A cross at the bottom marks an update at which something went wrong
+    (``diagnostics["note"]`` says what). What cannot be drawn, such as an infinite loss, is left out.
 
     Args:
-        history: :attr:`LearnToLearn.history`, one record for each meta-update.
+        history: :attr:`LearnToLearn.history`, one record for each update.
         path: Where to write the figure as well; the suffix decides the format.
 
     Returns:
@@ -88,48 +84,40 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: str | Path | None =
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: No meta-update has happened yet.
+        ValueError: No update has happened yet.
 
     Example:
-        >>> record = {"step": 20, "learning_rates": [0.1], "meta_objective": -0.4, "diagnostics": {"trouble": ""}}
-        >>> figure = plot_history([record, {**record, "step": 40, "learning_rates": [0.13]}])
+        >>> record = {"step": 10, "learning_rates": [0.1], "cosine": [-0.4], "diagnostics": {"trouble": ""}}
+        >>> figure = plot_history([record, {**record, "step": 12, "learning_rates": [0.13]}])
         >>> [axis.get_ylabel() for axis in figure.axes]
-        ['learning rate', 'meta-objective']
+        ['learning rate', 'cosine', 'loss']
     """
     if not history:
         raise ValueError(
-            "There is nothing to plot: the history is empty, since no meta-update has happened. Fit first; with "
+            "There is nothing to plot: the history is empty, since no update has happened. Fit first; with "
             "meta_learning_rate=0 the callback observes without changing anything."
         )
-    has_signals = any(map(math.isfinite, [value for record in history for value in record.get("signals", {}).values()]))
-    figure, axes = new_figure(3 if has_signals else 2, width=6.5, height=2.3)
-    rates, objective, *rest = axes[:, 0]
+    figure, axes = new_figure(3, width=6.5, height=2.3)
+    rates, evidence, losses = axes[:, 0]
     steps = [record["step"] for record in history]
     _draw_rates(rates, steps, [record["learning_rates"] for record in history])
-    objective.plot(steps, [_drawable(record["meta_objective"]) for record in history], marker=".", **STYLES[0])
-    refused = [record["step"] for record in history if _refused(record)]
-    for axis in (rates, objective):
+    if any("meta_objective" in record for record in history):
+        evidence.plot(steps, _column(history, "meta_objective"), marker=".", **STYLES[0])
+        evidence.set(ylabel="meta-objective")
+    else:
+        _draw_cosines(evidence, steps, history)
+    _draw_columns(losses, steps, {name: _column(history, f"{name}_loss") for name in ("training", "held_out")})
+    losses.set(ylabel="loss", xlabel="training step")
+    failed = [record["step"] for record in history if record["diagnostics"]["trouble"]]
+    for axis in axes[:, 0]:
         axis.sharex(rates)
-        if refused:
-            axis.plot(
-                refused,
-                [0.03] * len(refused),
-                transform=axis.get_xaxis_transform(),
-                linestyle="none",
-                marker="x",
-                color="black",
-                label="no gradient applied",
-            )
+        if failed:
+            place = axis.get_xaxis_transform()
+            axis.plot(failed, [0.03] * len(failed), "kx", transform=place, label="see diagnostics")
+        axis.tick_params(labelbottom=axis is losses)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(frameon=False, fontsize="small")
     rates.set(ylabel="learning rate", yscale="log")
-    objective.set(ylabel="meta-objective")
-    for axis in rest:
-        axis.sharex(rates)
-        _draw_signals(axis, steps, history)
-    for axis in axes[:-1, 0]:
-        axis.tick_params(labelbottom=False)
-    axes[-1, 0].set(xlabel="training step")
-    if len(rates.get_legend_handles_labels()[1]) > 0:
-        rates.legend(frameon=False, fontsize="small")
     if path is not None:
         figure.savefig(path)
     return figure
@@ -151,18 +139,29 @@ def _draw_rates(axis: Axes, steps: list[int], rates: list[list[float]]) -> None:
         axis.plot(steps, line, marker=".", label=label, **STYLES[which])
 
 
-def _draw_signals(axis: Axes, steps: list[int], history: Sequence[Mapping[str, Any]]) -> None:
-    for style, name in zip(STYLES, _SIGNALS, strict=False):
-        values = [_drawable(record.get("signals", {}).get(name, math.nan)) for record in history]
-        if any(map(math.isfinite, values)):  # the growth of a tangent is known to some estimators only
-            axis.plot(steps, values, marker=".", label=name.replace("_", " "), **style)
+def _draw_cosines(axis: Axes, steps: list[int], history: Sequence[Mapping[str, Any]]) -> None:
+    # Of several factors, the mean; each has its number in the records.
+    cosines, errors, held_out = (_column(history, name) for name in ("cosine", "cosine_error", "held_out_cosine"))
+    _draw_columns(axis, steps, {"training": cosines, "held_out": held_out})
+    lower, upper = ([c + sign * e for c, e in zip(cosines, errors, strict=True)] for sign in (-1, 1))
+    axis.fill_between(steps, lower, upper, alpha=0.2)
     axis.axhline(0.0, color="black", linewidth=0.5)
-    axis.set(ylabel="signals")
-    axis.legend(frameon=False, fontsize="small")
+    axis.set(ylabel="cosine", ylim=(-1.05, 1.05))
 
 
-def _refused(record: Mapping[str, Any]) -> bool:
-    return bool(record["diagnostics"]["trouble"])
+def _draw_columns(axis: Axes, steps: list[int], columns: Mapping[str, list[float]]) -> None:
+    for style, (name, values) in zip(STYLES, columns.items(), strict=False):
+        if any(map(math.isfinite, values)):
+            axis.plot(steps, values, marker=".", label=name.replace("_", "-"), **style)
+
+
+def _column(history: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    found = []
+    for record in history:
+        value = record.get(name, math.nan)
+        values = [_drawable(one) for one in value] if isinstance(value, list) else [_drawable(value)]
+        found.append(sum(values) / len(values) if values else math.nan)
+    return found
 
 
 def _drawable(value: float) -> float:

@@ -8,13 +8,17 @@ by a schedule that multiplies) would carry the learned factor into the base; :cl
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_l2l.schedule import LearnedSchedule
 
 # Pickled applied rates are plain floats; torch.load(weights_only=True) has to be told that `float` is harmless (2.13).
 torch.serialization.add_safe_globals([float])
@@ -101,7 +105,9 @@ class AppliedRates:
         self._shown: list[Any] = []
         self._base: list[float] = []
         # Checkpoints hold plain numbers: they load without this package.
-        self._hook = optimizer.register_state_dict_post_hook(_plain)
+        self._hook: Any = None
+        with suppress(AttributeError):  # an object that merely behaves like an optimizer
+            self._hook = optimizer.register_state_dict_post_hook(_plain)
         self.refresh()
 
     @property
@@ -121,7 +127,7 @@ class AppliedRates:
             return
         seen: set[int] = set()
         for index, group in enumerate(groups):
-            if "lr" not in group:
+            if group.get("lr") is None:
                 raise ValueError(
                     f"Parameter group {index} of {type(self.optimizer).__name__} has no learning rate 'lr', so there "
                     "is nothing to learn. Leave this optimizer out."
@@ -213,7 +219,8 @@ class AppliedRates:
         Args:
             keep: Whether they are the applied rates, or the base rates.
         """
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         for group, rate in zip(self.optimizer.param_groups, self.applied if keep else self._base, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -234,3 +241,60 @@ def plain(value: Any) -> Any:
 
 def _plain(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": plain(state["param_groups"])}
+
+
+class AppliedRecord:
+    """The values of every optimizer step: eight bytes for each value and each step at which any of them changed."""
+
+    def __init__(self) -> None:
+        self._steps = array("q")
+        self._columns: dict[str, array[float]] = {}
+        self._last: list[float] = []
+
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """What the optimizer step after so many uses, by column.
+
+        Args:
+            step: Optimizer steps taken before it.
+            values: By the name of the column.
+        """
+        if list(values.values()) == self._last and values.keys() == self._columns.keys():
+            return
+        self._last = list(values.values())
+        if self._steps and self._steps[-1] == step:  # a step that was begun before, and not made
+            self._steps.pop()
+            for column in self._columns.values():
+                column.pop()
+        for name in values:
+            if name not in self._columns:
+                self._columns[name] = array("d", [math.nan] * len(self._steps))
+        self._steps.append(step)
+        for name, column in self._columns.items():
+            column.append(values.get(name, math.nan))
+
+    def schedule(self) -> LearnedSchedule:
+        """The table.
+
+        Raises:
+            ValueError: No step has been made.
+        """
+        if not self._steps:
+            raise ValueError("There is no schedule to export: no optimizer step has been made with LearnToLearn.")
+        rows = tuple(zip(*self._columns.values(), strict=True))
+        return LearnedSchedule(tuple(self._columns), tuple(self._steps), rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names, and tensors of numbers."""
+        columns = [torch.tensor(column, dtype=torch.float64) for column in self._columns.values()]
+        return {
+            "columns": list(self._columns),
+            "steps": torch.tensor(self._steps, dtype=torch.int64),
+            "values": torch.stack(columns, dim=1) if columns else torch.zeros(0, 0, dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._steps = array("q", state["steps"].tolist())
+        columns = zip(state["columns"], state["values"].T.tolist(), strict=True)
+        self._columns = {name: array("d", column) for name, column in columns}
+        self._last = [column[-1] for column in self._columns.values() if column]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
-from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -176,60 +174,3 @@ class LearnedSchedule:
 def _split(column: str) -> tuple[str, str]:
     key, _, group = column.partition("/")
     return key, group or "0"
-
-
-class AppliedRecord:
-    """The values of every optimizer step: eight bytes for each value and each step at which any of them changed."""
-
-    def __init__(self) -> None:
-        self._steps = array("q")
-        self._columns: dict[str, array[float]] = {}
-        self._last: list[float] = []
-
-    def note(self, step: int, values: Mapping[str, float]) -> None:
-        """What the optimizer step after so many uses, by column.
-
-        Args:
-            step: Optimizer steps taken before it.
-            values: By the name of the column.
-        """
-        if list(values.values()) == self._last and values.keys() == self._columns.keys():
-            return
-        self._last = list(values.values())
-        if self._steps and self._steps[-1] == step:  # a step that was begun before, and not made
-            self._steps.pop()
-            for column in self._columns.values():
-                column.pop()
-        for name in values:
-            if name not in self._columns:
-                self._columns[name] = array("d", [math.nan] * len(self._steps))
-        self._steps.append(step)
-        for name, column in self._columns.items():
-            column.append(values.get(name, math.nan))
-
-    def schedule(self) -> LearnedSchedule:
-        """The table.
-
-        Raises:
-            ValueError: No step has been made.
-        """
-        if not self._steps:
-            raise ValueError("There is no schedule to export: no optimizer step has been made with LearnToLearn.")
-        rows = tuple(zip(*self._columns.values(), strict=True))
-        return LearnedSchedule(tuple(self._columns), tuple(self._steps), rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Names, and tensors of numbers."""
-        columns = [torch.tensor(column, dtype=torch.float64) for column in self._columns.values()]
-        return {
-            "columns": list(self._columns),
-            "steps": torch.tensor(self._steps, dtype=torch.int64),
-            "values": torch.stack(columns, dim=1) if columns else torch.zeros(0, 0, dtype=torch.float64),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self._steps = array("q", state["steps"].tolist())
-        columns = zip(state["columns"], state["values"].T.tolist(), strict=True)
-        self._columns = {name: array("d", column) for name, column in columns}
-        self._last = [column[-1] for column in self._columns.values() if column]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from lightning_l2l.displacement import Rule, RunningAverage, cosine
 from lightning_l2l.guard import LossWatch, Snapshot, is_worse
 from lightning_l2l.preserve import PreservedTensors, preserved_module, preserved_random_state
-from lightning_l2l.rates import AppliedRates
-from lightning_l2l.schedule import AppliedRecord
+from lightning_l2l.rates import AppliedRates, AppliedRecord
 
 # ``gradient(number, before)`` opens a context in which the trained parameters hold a held-out gradient, and yields the
 # loss; ``before`` is called once everything is saved, and may move the weights. See lightning_l2l.host.held_out.
@@ -95,33 +95,44 @@ class Displacement:
         initial_search: bool = True,
         divergence_guard: bool = True,
         has_schedule: bool = False,
+        is_player: bool = False,
         modules: Iterable[nn.Module] = (),
         seed: int = 0,
     ) -> Tuner:
         """Learn the rates of an optimizer from its next step on.
 
+        Where its steps are not in proportion to its rate (:func:`why_not_in_proportion`), a warning says so, and the
+        rate is only observed.
+
         Args:
-            optimizer: Any optimizer whose steps are in proportion to ``group["lr"]``.
+            optimizer: Any optimizer whose steps are in proportion to ``group["lr"]``; Fabric's wrapper of one as well.
             planned_steps: Its steps in the whole training; infinite where nobody knows.
             every_n_steps: Steps from one update to the next; ``None``: in proportion to the steps so far.
             meta_learning_rate: A multiple of the usual speed; 0 only observes.
             initial_search: Whether a rate that hardly moves the weights rises in the first steps already.
             divergence_guard: Whether a lost run is taken back.
             has_schedule: Whether a scheduler moves the rate, too.
+            is_player: Whether it is one of several whose losses work against each other (GANs): then a rate rises only
+                where it hardly moves the weights, since progress against another player is no progress by itself.
             modules: The modules that are trained, for the guard's snapshot.
             seed: Of what is drawn.
 
         Raises:
             ValueError: A parameter group has no learning rate.
         """
+        optimizer = _unwrapped(optimizer)
+        reason = why_not_in_proportion(optimizer)
+        if reason and meta_learning_rate > 0 and not (_is_distributed() and torch.distributed.get_rank()):
+            warnings.warn(f"{reason} Its learning rate is left alone, and only observed.", stacklevel=2)
         rule = Rule(
             len(optimizer.param_groups) if self.per == "group" else 1,
-            base_rate=max([float(group["lr"]) for group in optimizer.param_groups if "lr" in group], default=0.0),
+            base_rate=max([float(group.get("lr") or 0.0) for group in optimizer.param_groups], default=0.0),
             planned_steps=planned_steps,
             every_n_steps=every_n_steps,
-            speed=meta_learning_rate,
+            speed=0.0 if reason else meta_learning_rate,
             ramps=initial_search and not has_schedule,
             decays=self.final_decay and not has_schedule,
+            plays=is_player,
         )
         return Tuner(optimizer, rule, modules=modules, search=initial_search, guard=divergence_guard, seed=seed)
 
@@ -183,18 +194,15 @@ class Tuner:
         self._measured: list[Tensor] = []
         self._losses: list[Tensor] = []
         self.seen = 0
-        self._open = False
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._about_to_step),
-            optimizer.register_step_post_hook(self._has_stepped),
-        ]
+        self._depth = 0
+        self._leave = _on_each_step(optimizer, self._about_to_step, self._has_stepped)
 
     # What every step of the optimizer does.
 
     def _about_to_step(self, _: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if self._open:  # a subclass whose step calls that of its base class: torch runs the hooks of both
+        self._depth += 1
+        if self._depth > 1:  # a subclass whose step calls that of its base class: torch runs the hooks of both
             return None
-        self._open = True
         # With a closure, the gradients are there once it has run.
         if options.get("closure") is not None:
             return arguments, {**options, "closure": self._after(options["closure"])}
@@ -204,14 +212,21 @@ class Tuner:
         return None
 
     def _after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        calls = 0
+
         def wrapped() -> Any:
+            nonlocal calls
             result = closure()
-            self._before_step()
+            calls += 1
+            if calls == 1:  # later ones (LBFGS, SAM) evaluate other weights within the same step
+                self._before_step()
             return result
 
         return wrapped
 
     def _before_step(self) -> None:
+        if 1 < len(self.rule.log_factors) != len(self.optimizer.param_groups):
+            self.rule.resize(len(self.optimizer.param_groups))
         self.rates.before_step()
         self.applied.note(self.steps, self.values_in_force())
         if self._guards and self._snapshot is None:
@@ -224,9 +239,9 @@ class Tuner:
             self._measured.append(sums)
 
     def _has_stepped(self, *_: Any) -> None:
-        if not self._open:
+        self._depth = max(0, self._depth - 1)
+        if self._depth:
             return
-        self._open = False
         self.rates.after_step()
         self.steps += 1
         if self.rule.samples(self.steps - 1):
@@ -273,7 +288,7 @@ class Tuner:
             passes: How often the training has seen its data, where they are finite: without held-out gradients, no rate
                 rises after three passes.
         """
-        self._open = False  # if the step raised
+        self._depth = 0  # if the step raised
         if self.steps == self.seen:
             return None
         self.seen = self.steps
@@ -515,9 +530,67 @@ class Tuner:
 
     def close(self) -> None:
         """Leave the optimizer: no hooks, plain numbers in the groups, at the applied rates."""
-        for hook in self._hooks:
-            hook.remove()
+        self._leave()
         self.rates.close()
+
+
+def why_not_in_proportion(optimizer: torch.optim.Optimizer) -> str:
+    """Why the steps of an optimizer are not in proportion to its learning rate; empty where they are.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> why_not_in_proportion(torch.optim.Rprop([weight]))
+        'Rprop has a step size of its own for each weight, and uses the learning rate in its first step only.'
+        >>> why_not_in_proportion(torch.optim.Adam([weight]))
+        ''
+    """
+    name = type(optimizer).__name__
+    bases = {base.__name__ for base in type(optimizer).__mro__}
+    if "Rprop" in bases:
+        return f"{name} has a step size of its own for each weight, and uses the learning rate in its first step only."
+    if "LBFGS" in bases:
+        return f"{name} takes several steps in one, whose lengths are those of a line search or of the curvature."
+    if any(group.get("relative_step") for group in optimizer.param_groups):
+        return f"{name} takes its step size from the number of steps (relative_step=True)."
+    # Prodigy and D-Adaptation keep an estimate of the distance to the solution, and how it may grow, in each group.
+    if any("d" in group and "growth_rate" in group for group in optimizer.param_groups):
+        return f"{name} estimates its own step size (the 'd' of its parameter groups)."
+    return ""
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside Fabric's or the Trainer's wrapper: what really steps, or does not (mixed precision)."""
+    wrapped = any(base.__name__ in ("_FabricOptimizer", "LightningOptimizer") for base in type(optimizer).__mro__)
+    return optimizer.optimizer if wrapped else optimizer  # type: ignore[no-any-return]
+
+
+def _on_each_step(optimizer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> Callable[[], None]:
+    """Call hooks as torch does; returns what ends that.
+
+    Objects that merely behave like an optimizer have no hooks: there ``step`` is replaced on the instance.
+    """
+    leave = ExitStack()
+    if isinstance(optimizer, torch.optim.Optimizer) and getattr(type(optimizer).step, "hooked", False):
+        leave.callback(optimizer.register_step_pre_hook(before).remove)
+        leave.callback(optimizer.register_step_post_hook(after).remove)
+        return leave.close
+    step = optimizer.step
+    ended = False
+
+    def hooked(*arguments: Any, **options: Any) -> Any:
+        if ended:
+            return step(*arguments, **options)
+        (_, *given), options = before(optimizer, (optimizer, *arguments), options) or ((optimizer, *arguments), options)
+        result = step(*given, **options)
+        after(optimizer, arguments, options)
+        return result
+
+    def end() -> None:
+        nonlocal ended
+        ended = True  # a scheduler may have wrapped it meanwhile, so it stays where it is
+
+    optimizer.step = hooked
+    return end
 
 
 def _is_distributed() -> bool:

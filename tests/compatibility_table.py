@@ -1,4 +1,4 @@
-"""Writes docs/compatibility_table.md from the marks ``@pytest.mark.feature(name, verdict, remark)`` of the tests.
+"""Writes docs/compatibility_table.md from the tests' marks ``@pytest.mark.feature(name, verdict, remark, topic=...)``.
 
     python tests/compatibility_table.py
 
@@ -15,7 +15,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "compatibility_table.md"
-VERDICTS = ("works", "refused")
+VERDICTS = ("works", "training gradients", "observes", "refused")
+TOPICS = {
+    "optimizer": "Optimizers",
+    "strategy": "Strategies",
+    "precision": "Precision",
+    "schedule": "Schedules",
+    "data": "Data",
+    "step": "Training steps",
+    "loop": "Loops",
+    "callback": "Callbacks and loggers",
+    "project": "Projects",
+    "": "Everything else in Lightning",
+}
 
 
 @dataclass(frozen=True)
@@ -23,16 +35,18 @@ class Feature:
     """One mark.
 
     Attributes:
-        name: The feature of Lightning.
-        verdict: Whether it works or is refused.
+        name: What people search for.
+        verdict: Whether it works, works on training gradients alone, is only observed, or is refused.
         remark: How, in a few words.
         test: The test that has the mark, as ``file::function``.
+        topic: The part of the page.
     """
 
     name: str
     verdict: str
     remark: str
     test: str
+    topic: str = ""
 
 
 def features(folder: Path = ROOT / "tests") -> list[Feature]:
@@ -49,12 +63,15 @@ def features(folder: Path = ROOT / "tests") -> list[Feature]:
                     if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.feature":
                         given = [ast.literal_eval(argument) for argument in mark.args]
                         name, verdict, remark = given + ["", "works", ""][len(given) :]
-                        found.append(Feature(name, verdict, remark, f"{path.name}::{node.name}"))
+                        (topic,) = [ast.literal_eval(k.value) for k in mark.keywords if k.arg == "topic"] or [""]
+                        found.append(Feature(name, verdict, remark, f"{path.name}::{node.name}", topic))
     for feature in found:
         if feature.verdict not in VERDICTS:
             raise ValueError(f"{feature.test}: the verdict {feature.verdict!r} is none of {VERDICTS}.")
+        if feature.topic not in TOPICS:
+            raise ValueError(f"{feature.test}: the topic {feature.topic!r} is none of {list(TOPICS)}.")
         if any(other.name == feature.name and other.verdict != feature.verdict for other in found):
-            raise ValueError(f"{feature.name!r} works by one test and is refused by another.")
+            raise ValueError(f"{feature.name!r} has one verdict by one test and is refused by another.")
     return found
 
 
@@ -77,17 +94,18 @@ def table() -> str:
         f"Tested with Lightning {' and '.join(tested['lightning'])}, and torch {' and '.join(tested['torch'])}.",
         "",
     ]
-    for verdict, title in (("works", "Works"), ("refused", "Refused before the first step")):
-        lines += [f"| {title} | | test |", "| --- | --- | --- |"]
+    for topic, title in TOPICS.items():
         merged: dict[str, list[Feature]] = {}
         for feature in features():
-            if feature.verdict == verdict:
+            if feature.topic == topic:
                 merged.setdefault(feature.name, []).append(feature)
-        for name, same in merged.items():
+        if merged:
+            lines += [f"| {title} | | | test |", "| --- | --- | --- | --- |"]
+        for name, same in sorted(merged.items(), key=lambda item: VERDICTS.index(item[1][0].verdict)):
             remark = next((feature.remark for feature in same if feature.remark), "")
             files = ", ".join(dict.fromkeys(f"`{feature.test.split('::')[0]}`" for feature in same))
-            lines.append(f"| {name} | {remark} | {files} |")
-        lines.append("")
+            lines.append(f"| {name} | {same[0].verdict} | {remark} | {files} |")
+        lines += [""] if merged else []
     return "\n".join(lines)
 
 

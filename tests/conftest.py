@@ -41,13 +41,6 @@ def trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
     return make
 
 
-@pytest.fixture
-def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An initial search of three steps per candidate: the tests are about what is around it."""
-    monkeypatch.setattr("lightning_l2l.host.look_ahead.search_budget", lambda planned, fraction: 36)
-    monkeypatch.setattr("lightning_l2l.host.look_ahead.search_steps", lambda budget: 3)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):

@@ -40,6 +40,13 @@ def loaders(**options: Any) -> dict[str, Any]:
     }
 
 
+def steady_loaders() -> dict[str, Any]:
+    """Six times the same batch in an epoch: at a small rate every gradient says that the rate may rise."""
+    inputs, targets = examples(BATCH).tensors
+    train = TensorDataset(inputs.repeat(6, 1), targets.repeat(6))
+    return {"train_dataloaders": DataLoader(train, BATCH), "val_dataloaders": loader(24, seed=1)}
+
+
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -279,8 +286,9 @@ def difference(left: Any, right: Any, place: str = "") -> str:
     return "" if left == right or left != left and right != right else f"{place}: {left!r} != {right!r}"
 
 
-# Those that follow the run's own steps; the first is what "auto" takes for learning rates.
-ALONG = ["displacement", "live"]
+def learner(**options: Any) -> LearnToLearn:
+    """A callback that updates often, and does not look for another rate to start from."""
+    return LearnToLearn(**{"initial_search": False, "every_n_steps": 3, **options})
 
 
 def observer(**options: Any) -> LearnToLearn:
@@ -288,18 +296,29 @@ def observer(**options: Any) -> LearnToLearn:
     return learner(**{"meta_learning_rate": 0, **options})
 
 
-def learner(**options: Any) -> LearnToLearn:
-    """A callback that learns often and to the end, without a search."""
-    defaults: dict[str, Any] = {"initial_search": False, "every_n_steps": 3, "unroll_steps": 2}
-    return LearnToLearn(**{**defaults, "interval_growth": 0.0, **options})
-
-
 class Saves(pl.Callback):
-    """A checkpoint after the given step, in a run that goes on."""
+    """A checkpoint after the given step, in a run that goes on; or after the given batch of the first epoch."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path, self.step = path, step
+    def __init__(self, path: Path, step: int | None = None, batch: int | None = None) -> None:
+        self.path, self.step, self.batch = path, step, batch
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step or (trainer.current_epoch == 0 and batch_idx == self.batch):
             trainer.save_checkpoint(self.path)
+
+
+class NotesRates(torch.optim.SGD):
+    """An optimizer that notes the rates that its steps are made with."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.used: list[list[float]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.used.append([float(group["lr"]) for group in self.param_groups])
+        super().step()
+        return loss

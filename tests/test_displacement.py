@@ -1,242 +1,395 @@
-"""The displacement estimator by itself: against the exact estimator, closed forms, and its own definition."""
+"""The default estimator equals a slow twin that is written on one page: average, cosine, and rule."""
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor
+from helpers import NotesRates, Plain, difference, examples, loader, sgd
+from torch import Tensor, nn
+from torch.nn import functional
 
-from lightning_l2l import LearnedHyperparameters, LearnedStepSize, meta_gradient
-from lightning_l2l.exact.estimators import Displacement, displacement, slope
-from lightning_l2l.exact.result import MetaGradient
-from lightning_l2l.exact.tally import NegativeLossError
-from lightning_l2l.functional import inner_optimizer, mirror
-from lightning_l2l.learned import LearnedOptimizer
+from lightning_l2l import Displacement, LearnToLearn
 
-
-def asked(loss: Any, gradients: Any, way: Any, places: Any, like: Tensor, objective: Any, steps: int) -> MetaGradient:
-    """Slope and meta-gradient in one."""
-    return displacement(slope(loss, gradients, way, places, like), like, objective, steps)
+Parameters = list[Tensor]
 
 
-OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
-    (torch.optim.SGD, {"lr": 0.1}),
-    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
-    (torch.optim.Adam, {"lr": 0.02}),
-    (torch.optim.AdamW, {"lr": 0.02, "amsgrad": True, "weight_decay": 0.0}),
-    (torch.optim.NAdam, {"lr": 0.02}),
-    (torch.optim.RAdam, {"lr": 0.02}),
-    (torch.optim.RMSprop, {"lr": 0.02, "momentum": 0.5, "centered": True}),
-    (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.01}),
-]
+# The constants of the rule, as the documentation has them.
+FIRST, RATIO, SPEED, MARGIN, FULL, EARLY_MARGIN, EARLY = 10.0, 1.2, 2.0, 0.05, 0.2, 0.3, 0.2
+DECAY_AT, PROGRESS, STILL, RAMP, RAMP_STEPS, UNANIMOUS, MEMORY, PASSES = 0.85, -0.02, 5e-4, 2.0, 60, -0.1, 0.6, 3
 
 
-def linear(parameters: Any, batch: Tensor) -> Tensor:
-    """A loss whose gradient, the batch, does not depend on the parameters."""
-    return (parameters["a"] * batch[:3]).sum() + (parameters["b"] * batch[3:]).sum() + 50.0
+class SlowTwin:
+    """What a page of the documentation says, in float64 and one number at a time.
+
+    Args:
+        optimizer: The optimizer that is watched.
+        planned: The steps of the whole training.
+        per: What shares a factor.
+        held_out: Writes held-out gradients into ``.grad``.
+        ramps: Whether a rate that hardly moves the weights rises at once.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        planned: float,
+        per: str = "optimizer",
+        held_out: Callable[[], None] | None = None,
+        ramps: bool = False,
+    ) -> None:
+        self.optimizer, self.planned, self.held_out, self.ramps = optimizer, planned, held_out, ramps
+        self.units = [[g] for g in optimizer.param_groups] if per == "group" else [optimizer.param_groups]
+        self.base = [float(group["lr"]) for group in optimizer.param_groups]
+        self.log = [0.0] * len(self.units)
+        self.held = [0.0] * len(self.units)
+        self.cosines: list[list[float]] = [[] for _ in self.units]
+        self.t, self.next, self.folded, self.decay_from = 0, FIRST, 0, math.inf
+        self.end, self.last, self.passes = math.ceil(DECAY_AT * planned), 0, 0.0
+        self.records: list[dict[str, Any]] = []
+        self.average: dict[Tensor, Tensor] = {}
+
+    def sampled(self, t: int) -> bool:
+        return t % max(1, t // 128) == 0
+
+    def sums(self, unit: int) -> tuple[float, float, float, float]:
+        along = gradients = moved = weights = 0.0
+        for group in self.units[unit]:
+            for p in group["params"]:
+                if p in self.average and p.grad is not None:
+                    gradient = (-1 if group.get("maximize") else 1) * p.grad.to_dense().double()
+                    away = p.detach().double() - self.average[p]
+                    along += (gradient * away).sum().item()
+                    gradients, moved = gradients + gradient.square().sum().item(), moved + away.square().sum().item()
+                    weights += p.detach().double().square().sum().item()
+        return along, gradients, moved, weights
+
+    def cosine(self, unit: int) -> float:
+        along, gradients, moved, _ = self.sums(unit)
+        return along / math.sqrt(gradients * moved) if gradients * moved > 0 else math.nan
+
+    def before_step(self) -> None:
+        if not self.sampled(self.t):
+            return
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.average = {p: self.average.get(p, p.detach().double().clone()) for p in trained}
+        for unit, cosines in enumerate(self.cosines):
+            found = self.cosine(unit)
+            if not math.isnan(found):
+                cosines.append(found)
+                _, _, moved, weights = self.sums(unit)
+                still = 3 < self.t + 1 <= RAMP_STEPS and moved < STILL**2 * weights
+                if self.ramps and still and sum(cosines) / len(cosines) < UNANIMOUS:
+                    self.log[unit] += math.log(RAMP)
+
+    def after_step(self) -> None:
+        self.t += 1
+        if self.sampled(self.t - 1):
+            for step in range(self.folded + 1, self.t + 1):
+                for p, average in self.average.items():
+                    average += 9 / (step + 9) * (p.detach().double() - average)
+            self.folded = self.t
+        if self.t >= round(self.next) or self.last < self.end <= self.t:
+            self.update()
+
+    def update(self) -> None:
+        margin = MARGIN + EARLY_MARGIN * max(0.0, 1 - self.t / (EARLY * self.planned))
+        found, means = [], []
+        if self.held_out is not None:
+            self.held_out()
+        for unit, cosines in enumerate(self.cosines):
+            n = len(cosines)
+            mean = sum(cosines) / n
+            error = math.sqrt(sum((c - mean) ** 2 for c in cosines) / n / n) if n >= 3 else 1.0
+            found.append((mean, error))
+            if self.held_out is not None:
+                self.held[unit] = MEMORY * self.held[unit] + (1 - MEMORY) * self.cosine(unit)
+                mean = max(mean, self.held[unit])
+            elif self.passes > PASSES:
+                mean = max(mean, -MARGIN)
+            means.append(mean)
+            if self.decay_from == math.inf:
+                rise, fall = (-mean - error - margin) / FULL, (mean - error) / FULL
+                self.log[unit] += SPEED * math.log(RATIO) * (min(1, max(0, rise)) - min(1, max(0, fall)))
+                self.log[unit] = max(self.log[unit], 0.0)
+        if self.end <= self.t < self.planned and self.decay_from == math.inf and max(means) > PROGRESS:
+            self.decay_from = self.t
+        while round(self.next) <= self.t:
+            self.next *= RATIO
+        self.last = self.t
+        self.cosines = [[] for _ in self.units]
+        self.records.append({"step": self.t, "cosine": found, "learning_rates": self.rates()})
+
+    def rates(self) -> list[float]:
+        left = 1.0 if self.decay_from == math.inf else (self.planned - self.t) / (self.planned - self.decay_from)
+        return [rate * math.exp(self.log[min(i, len(self.log) - 1)]) * left for i, rate in enumerate(self.base)]
 
 
-@pytest.mark.parametrize(("kind", "arguments"), OPTIMIZERS)
-@pytest.mark.parametrize("objective", ["log", "naive"])
-def test_without_curvature_it_is_the_exact_meta_gradient(kind: Any, arguments: dict[str, Any], objective: Any) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(8)]
-    judge = torch.randn(5, generator=generator, dtype=torch.float64)
-    ones, zeros = torch.ones(3, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    weights = {"a": torch.nn.Parameter(ones), "b": torch.nn.Parameter(zeros)}
-    groups = [{"params": [weights["a"]]}, {"params": [weights["b"]], "lr": 0.05}]
-    optimizer = kind(groups, **arguments)
-    learned = LearnedStepSize().attach(mirror(optimizer, weights.items()))
-    exact = meta_gradient(linear, weights, learned, batches, judge, objective=objective, estimator="forward")
-    # A memory so long that the average is still the start: nothing is forgotten.
-    way = Displacement(weights, memory=10_000)
-    for batch in batches:
-        weights["a"].grad, weights["b"].grad = batch[:3].clone(), batch[3:].clone()
-        optimizer.step()
-        if way.step():
-            way.look(weights)
-    found = asked(
-        linear(weights, judge),
-        {"a": judge[:3], "b": judge[3:]},
-        way.of(weights),
-        learned.rate_places() or {},
-        learned.learning_rate,
-        objective,
-        steps=len(batches),
+def assert_equal(history: list[dict[str, Any]], twin: SlowTwin, accuracy: float = 1e-6) -> None:
+    assert [record["step"] for record in history] == [record["step"] for record in twin.records] and history
+    for record, expected in zip(history, twin.records, strict=True):
+        means, errors = zip(*expected["cosine"], strict=True)
+        assert record["cosine"] == pytest.approx(means, abs=accuracy)
+        # A variance is a difference of numbers that may be nearly equal.
+        assert record["cosine_error"] == pytest.approx(errors, abs=10 * accuracy)
+        assert record["learning_rates"] == pytest.approx(expected["learning_rates"], rel=10 * accuracy)
+
+
+class TwoGroups(Plain):
+    """Two layers with a rate each."""
+
+    def make_net(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def configure_optimizers(self) -> Any:
+        self.optimizer = self.optimizer([{"params": self.net[0].parameters()}, {"params": self.net[2].parameters()}])
+        self.optimizer.param_groups[1]["lr"] /= 5
+        return self.optimizer
+
+
+class Beside(pl.Callback):
+    """The twin beside a run of Lightning's."""
+
+    def __init__(self, held_out: Any = None, **options: Any) -> None:
+        self.held_out, self.options = held_out, options
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def gradients() -> None:
+            loss = functional.cross_entropy(pl_module.net(self.held_out[0]), self.held_out[1])
+            parameters = list(pl_module.net.parameters())
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
+
+        held_out = None if self.held_out is None else gradients
+        self.twin = SlowTwin(
+            trainer.optimizers[0], trainer.estimated_stepping_batches, held_out=held_out, **self.options
+        )
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.twin.before_step()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step > self.twin.t:
+            self.twin.passes = trainer.current_epoch
+            self.twin.after_step()
+
+
+NOTED = lambda rate: lambda parameters: NotesRates(parameters, lr=rate, momentum=0.9)  # noqa: E731
+
+
+@pytest.mark.parametrize("per", ["optimizer", "group"])
+@pytest.mark.parametrize("with_held_out", [False, True], ids=["training gradients", "held-out gradients, too"])
+@pytest.mark.parametrize("rate", [0.003, 0.3], ids=["small", "large"])
+def test_a_whole_fit_is_that_of_the_twin(trainer: Any, per: Any, with_held_out: bool, rate: float) -> None:
+    held_out = tuple(t.double() if t.is_floating_point() else t for t in examples(16, seed=2).tensors)
+    callback = LearnToLearn(
+        Displacement(per=per),
+        meta_data=[held_out] if with_held_out else "train",
+        initial_search=False,
+        divergence_guard=False,
     )
-    assert found.value == pytest.approx(exact.value, rel=1e-12)
-    # Both in float64, the same sums in another order.
-    torch.testing.assert_close(found.gradients["learning_rate"], exact.gradients["learning_rate"], rtol=1e-10, atol=0)
+    beside, module = Beside(held_out if with_held_out else None, per=per), TwoGroups(NOTED(rate))
+    options = {"precision": "64-true", "max_epochs": 23, "check_val_every_n_epoch": 99}
+    data = loader(96, shuffle=True), loader(24, 1)
+    trainer(beside, callback, **options).fit(module, *data)  # 276 steps: the last ones in strides
+    assert_equal(callback.history, beside.twin)
+    rates = {record["step"]: record["learning_rates"] for record in callback.history}
+    assert len({tuple(value) for value in rates.values()}) > 1
+    assert module.optimizer.used[10:12] == [rates[10]] * 2  # what the record says is what is stepped with
 
 
-def test_steps_count_alike_at_first_and_are_forgotten_later() -> None:
-    place = {"w": torch.zeros(1, dtype=torch.float64)}
-    way = Displacement(place, memory=10)  # short enough to look after every step
-    average = 0.0
-    for step in range(1, 60):
-        place["w"] += step % 7
-        if way.step():
-            way.look(place)
-        average += max(1 / (step + 1), 1 / 10) * (place["w"].item() - average)
-        # Rounding of the same recursion.
-        assert way.of(place)["w"].item() == pytest.approx(place["w"].item() - average, rel=1e-12)
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.01}])
+def test_accumulated_and_clipped_gradients_are_those_that_the_optimizer_gets(trainer: Any, options: Any) -> None:
+    callback = LearnToLearn(meta_data="train", initial_search=False, divergence_guard=False)
+    beside, module = Beside(), TwoGroups(NOTED(0.1))
+    trainer(beside, callback, precision="64-true", max_epochs=10, **options).fit(module, loader(), loader(16, 1))
+    assert_equal(callback.history, beside.twin)
 
 
-def test_a_long_memory_looks_seldom_and_forgets_at_the_same_rate() -> None:
-    place = {"w": torch.zeros(1, dtype=torch.float64)}
-    way = Displacement(place, memory=100)
-    for _ in range(2000):
-        place["w"] += 1
-        if way.step():
-            way.look(place)
-    # Of equal steps: their number times the memory, less what falls between two looks (five steps).
-    assert way.of(place)["w"].item() == pytest.approx(100, abs=5)
+def train(
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[int], Tensor],
+    steps: int = 90,
+    each: Callable[[int], None] = lambda step: None,
+    closure: bool = False,
+    ramps: bool = False,
+    per: Any = "optimizer",
+) -> tuple[Any, SlowTwin]:
+    """A loop of plain PyTorch with the estimator and its twin."""
+    twin = SlowTwin(optimizer, steps, per, ramps=ramps)
+    tuner = Displacement(per=per).attach(optimizer, planned_steps=steps, initial_search=ramps, divergence_guard=False)
+    for step in range(steps):
+        each(step)
 
+        def gradients(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            value = loss(step)
+            value.backward()
+            twin.before_step()
+            return value
 
-def test_rescaled_it_is_the_way_of_the_present_rate() -> None:
-    def walked(rates: list[float], changes: dict[int, float]) -> float:
-        place = {"w": torch.zeros(1, dtype=torch.float64)}
-        way = Displacement(place, memory=20)
-        for step, rate in enumerate(rates):
-            if step in changes:
-                way.rescale(place, {"w": changes[step]})
-            place["w"] += rate
-            if way.step():
-                way.look(place)
-        return way.of(place)["w"].item()
-
-    assert walked([1.0] * 15 + [0.5] * 10, {15: 0.5}) == pytest.approx(walked([0.5] * 25, {}), rel=1e-12)
-    assert walked([1.0] * 15 + [3.0] * 10, {15: 3.0}) == pytest.approx(walked([3.0] * 25, {}), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("per", "expected"), [("optimizer", [14.0]), ("group", [5.0, 9.0]), ("tensor", [2.0, 3.0, 9.0])]
-)
-def test_each_rate_has_the_slope_of_its_own_parameters(per: Any, expected: list[float]) -> None:
-    weights = {name: torch.nn.Parameter(torch.zeros(1)) for name in "abc"}
-    optimizer = torch.optim.SGD([{"params": [weights["a"], weights["b"]]}, {"params": [weights["c"]]}], lr=0.1)
-    learned = LearnedStepSize(per=per).attach(mirror(optimizer, weights.items()))
-    gradients = {"a": torch.tensor([2.0]), "b": torch.tensor([3.0]), "c": torch.tensor([9.0])}
-    way = {name: torch.ones(1) for name in "abc"}
-    assert (
-        slope(torch.ones(()), gradients, way, learned.rate_places() or {}, learned.learning_rate).along.tolist()
-        == expected
-    )
-    without = slope(torch.ones(()), {**gradients, "c": None}, way, learned.rate_places() or {}, learned.learning_rate)
-    assert without.along.sum().item() == 5.0
-
-
-def test_relative_to_its_bound_it_is_a_cosine() -> None:
-    generator = torch.Generator().manual_seed(1)
-    gradients = {name: torch.randn(4, generator=generator) for name in "ab"}
-    way = {name: torch.randn(4, generator=generator) for name in "ab"}
-    for like, places in ((torch.zeros(1), {"a": 0, "b": 0}), (torch.zeros(2), {"a": 0, "b": 1})):
-        found = asked(torch.tensor(3.0), gradients, way, places, like, "log", steps=100)
-        for index in range(len(like)):
-            names = [name for name, place in places.items() if place == index]
-            pair = [torch.cat([part[name] for name in names]) for part in (gradients, way)]
-            cosine = torch.nn.functional.cosine_similarity(*pair, dim=0).item()
-            assert found.relative()["learning_rate"][index].item() == pytest.approx(cosine, abs=1e-6)  # float32
-
-
-def test_no_way_yet_is_no_vote_and_not_nan() -> None:
-    still = {"w": torch.zeros(2)}
-    found = asked(torch.tensor(1.0), {"w": torch.ones(2)}, still, {"w": 0}, torch.zeros(1), "log", steps=100)
-    assert found.usable and found.gradients["learning_rate"].tolist() == found.relative()["learning_rate"].tolist() == [
-        0.0
-    ]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_way_back_leads_from_the_present_parameters_to_their_average(dtype: torch.dtype) -> None:
-    place = {"w": torch.zeros(2, dtype=dtype)}
-    way = Displacement(place, memory=20)
-    place["w"] += torch.tensor([4.0, -8.0], dtype=dtype)
-    if way.step():
-        way.look(place)  # the average is half of it
-    for part, expected in ((0.0, [4.0, -8.0]), (0.5, [3.0, -6.0]), (1.0, [2.0, -4.0])):
-        moved = way.towards_average(place, part)["w"]
-        assert moved.tolist() == expected and moved.dtype == dtype
-    assert place["w"].tolist() == [4.0, -8.0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_in_half_precision_the_average_is_finer_than_its_parameters(dtype: torch.dtype) -> None:
-    place = {"w": torch.ones(1, dtype=dtype)}
-    way = Displacement(place, memory=20)
-    place["w"] += 2**-7  # one digit of bfloat16; a part of it is none
-    if way.step():
-        way.look(place)
-    assert way.of(place)["w"].item() == pytest.approx(2**-8, rel=1e-6)  # the mean of two
-
-
-@pytest.mark.parametrize(("rate", "sign"), [(0.9, 1.0), (0.003, -1.0)])
-def test_it_asks_for_less_where_noise_rules_and_for_more_where_the_way_is_long(rate: float, sign: float) -> None:
-    # f(w) = |w|**2 / 2 from |w| = 10, gradients with noise: with 0.9 the iterate jumps about its end within steps.
-    generator = torch.Generator().manual_seed(2)
-    weights = {"w": torch.full((100,), 1.0, dtype=torch.float64)}
-    way = Displacement(weights, memory=100)
-    votes = []
-    for step in range(1, 201):
-        weights["w"] -= rate * (weights["w"] + torch.randn(100, generator=generator, dtype=torch.float64))
-        if way.step():
-            way.look(weights)
-        if step % 20 == 0:
-            loss = 0.5 * weights["w"].square().sum()
-            found = asked(loss, weights, way.of(weights), {"w": 0}, torch.zeros(1), "log", steps=100)
-            votes.append(math.copysign(1.0, found.gradients["learning_rate"].item()))
-    assert votes == [sign] * 10
-
-
-@pytest.mark.parametrize("objective", ["log_mean", "naive_mean"])
-def test_objectives_that_count_losses_on_the_way_are_refused(objective: Any) -> None:
-    ones = {"w": torch.ones(1)}
-    with pytest.raises(ValueError, match="knows only the last"):
-        asked(torch.tensor(1.0), ones, ones, {"w": 0}, torch.zeros(1), objective, steps=3)
-
-
-def test_a_negative_loss_has_no_logarithm_and_says_so() -> None:
-    ones = {"w": torch.ones(1)}
-    with pytest.raises(NegativeLossError):
-        asked(torch.tensor(-1.0), ones, ones, {"w": 0}, torch.zeros(1), "log", steps=3)
-
-
-@pytest.mark.parametrize("loss", [math.inf, math.nan])
-def test_what_is_not_finite_is_not_usable(loss: float) -> None:
-    ones = {"w": torch.ones(1)}
-    found = asked(torch.tensor(loss), ones, ones, {"w": 0}, torch.zeros(1), "log", steps=3)
-    assert not found.usable and found.gradients["learning_rate"].isnan().all()
-
-
-def test_only_factors_on_rates_of_proportional_steps_can_be_asked_this_way() -> None:
-    sgd = inner_optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
-    assert LearnedHyperparameters(learn=("learning_rate", "momentum")).attach(sgd).rate_places() is None
-    custom = copy.copy(sgd.rule)
-    object.__setattr__(custom, "proportional_to_rate", False)
-    other = copy.copy(sgd)
-    object.__setattr__(other, "rule", custom)
-    assert LearnedStepSize().attach(other).rate_places() is None
-    assert LearnedOptimizer.rate_places(LearnedStepSize()) is None
-
-
-@pytest.mark.parametrize(("kind", "arguments"), OPTIMIZERS)
-def test_steps_of_every_mirrored_optimizer_are_proportional_to_the_rate(kind: Any, arguments: dict[str, Any]) -> None:
-    def after(rate: float) -> Tensor:
-        weight = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
-        optimizer = kind([weight], **{**arguments, "lr": rate})
-        generator = torch.Generator().manual_seed(3)
-        moved = torch.zeros(4, dtype=torch.float64)
-        for _ in range(5):
-            before = weight.detach().clone()
-            weight.grad = torch.randn(4, generator=generator, dtype=torch.float64)
+        if closure:
+            optimizer.step(gradients)
+        else:
+            gradients()
             optimizer.step()
-            moved += weight.detach() - before
-            weight.data.copy_(torch.ones(4))  # decays see the same weights
-        return moved
+        twin.after_step()
+        tuner.step(None)
+    return tuner, twin
 
-    torch.testing.assert_close(after(0.02), 2 * after(0.01), rtol=1e-12, atol=1e-14)  # rounding in float64
+
+def noisy_valley(parameters: Parameters, sign: float = 1.0) -> Callable[[int], Tensor]:
+    targets = torch.randn(200, sum(p.numel() for p in parameters), generator=torch.Generator().manual_seed(0))
+
+    def loss(step: int) -> Tensor:
+        weights = torch.cat([p.flatten() for p in parameters])
+        curvature = torch.linspace(0.1, 1, len(weights))
+        return sign * 0.5 * (curvature * (weights - 0.3 * targets[step].to(weights)) ** 2).sum()
+
+    return loss
+
+
+def two(dtype: torch.dtype = torch.float64) -> Parameters:
+    return [nn.Parameter(torch.full((4, 3), 2.0, dtype=dtype)), nn.Parameter(torch.ones(5, dtype=dtype))]
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "Adagrad", "RMSprop"])
+def test_plain_loops_with_and_without_closures(kind: str, closure: bool) -> None:
+    parameters = two()
+    groups = [{"params": [parameter]} for parameter in parameters]
+    tuner, twin = train(
+        parameters, getattr(torch.optim, kind)(groups, lr=0.03), noisy_valley(parameters), closure=closure, per="group"
+    )
+    assert_equal(tuner.history, twin, 1e-9)
+
+
+def test_a_rate_that_hardly_moves_the_weights_rises_at_once() -> None:
+    parameters = two()
+    tuner, twin = train(parameters, torch.optim.SGD(parameters, lr=1e-6), noisy_valley(parameters), ramps=True)
+    assert_equal(tuner.history, twin, 1e-9)
+    assert tuner.rates.applied[0] > 1e-4 or max(r["learning_rates"][0] for r in tuner.history) > 1e-4
+    assert tuner.search_result.steps > 0 and "multiplied by" in tuner.search_result.reason
+
+
+def test_maximizing_is_minimizing_the_negative() -> None:
+    found = []
+    for sign, options in ((1.0, {}), (-1.0, {"maximize": True})):
+        parameters = two()
+        optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, **options)
+        tuner, twin = train(parameters, optimizer, noisy_valley(parameters, sign))
+        assert_equal(tuner.history, twin, 1e-9)
+        found.append(tuner.history)
+    assert difference(*found) == ""
+
+
+def test_sparse_gradients_are_those_of_the_dense_ones() -> None:
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(12, 3, sparse=sparse, dtype=torch.float64)
+        parameters = list(embedding.parameters())
+        loss = lambda step, e=embedding: (e(torch.tensor([step % 12, 3, 3])) - 1).square().sum()  # noqa: E731
+        tuner, twin = train(parameters, torch.optim.SGD(parameters, lr=0.05), loss)
+        assert_equal(tuner.history, twin, 1e-9)
+        found.append(tuner.rates.applied)
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_what_is_frozen_does_not_count_and_what_is_thawed_counts_from_where_it_is() -> None:
+    parameters = two()
+
+    def thaw(step: int) -> None:
+        parameters[0].requires_grad_(20 <= step < 50)
+
+    tuner, twin = train(parameters, torch.optim.SGD(parameters, lr=0.05), noisy_valley(parameters), each=thaw)
+    assert_equal(tuner.history, twin, 1e-9)
+
+
+def test_a_parameter_without_a_gradient_does_not_count() -> None:
+    parameters, unused = two(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    tuner, twin = train(parameters, torch.optim.SGD([*parameters, unused], lr=0.05), noisy_valley(parameters))
+    assert_equal(tuner.history, twin, 1e-9)
+
+
+def test_a_group_that_is_added_is_measured_from_then_on() -> None:
+    parameters = two()
+    optimizer = torch.optim.SGD(parameters[:1], lr=0.05)
+
+    def add(step: int) -> None:
+        if step == 25:
+            optimizer.add_param_group({"params": parameters[1:]})
+
+    tuner, twin = train(parameters, optimizer, noisy_valley(parameters), each=add)
+    assert [len(record["learning_rates"]) for record in tuner.history] == [
+        1 if record["step"] <= 25 else 2 for record in tuner.history
+    ]
+    assert [record["cosine"][0] for record in tuner.history] == pytest.approx(
+        [expected["cosine"][0][0] for expected in twin.records], abs=1e-9
+    )
+
+
+def test_half_precision_has_a_finer_average() -> None:
+    parameters = two(torch.bfloat16)
+    tuner, twin = train(parameters, torch.optim.SGD(parameters, lr=0.05), noisy_valley(parameters))
+    assert_equal(tuner.history, twin, 1e-5)  # sums in float32
+    assert all(average.dtype == torch.float32 for average in tuner.average.state_dict()["average"])
+
+
+def test_nothing_is_learned_from_gradients_that_are_no_numbers() -> None:
+    parameters = two()
+    valley = noisy_valley(parameters)
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+
+    def loss(step: int) -> Tensor:
+        return valley(step)
+
+    def spoil(_: Any, __: Any, ___: Any) -> None:
+        if tuner.steps == 30:
+            for parameter in parameters:
+                parameter.grad.zero_()  # no direction, no cosine
+
+    tuner = Displacement().attach(optimizer, planned_steps=90, divergence_guard=False)
+    hook = optimizer.register_step_pre_hook(spoil)
+    for step in range(90):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        tuner.step()
+    hook.remove()
+    assert all(math.isfinite(record["cosine"][0]) for record in tuner.history)
+
+
+def test_rates_fall_to_zero_at_the_end_where_noise_rules_and_nobody_else_schedules(trainer: Any) -> None:
+    def last(estimator: Any, schedule: Any = None, **options: Any) -> float:
+        torch.manual_seed(1)
+        module = Plain(lambda p: NotesRates(p, lr=3.0), schedule)
+        callback = LearnToLearn(estimator, initial_search=False, divergence_guard=False)
+        fitted = trainer(callback, **{"max_epochs": 10, **options})
+        fitted.fit(module, loader(shuffle=True), loader(24, 1))
+        (optimizer,) = fitted.optimizers
+        return optimizer.used[-1][0] / max(rates[0] for rates in optimizer.used)
+
+    assert 0 < last(Displacement()) < 0.2
+    constant = lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)  # noqa: E731
+    assert last(Displacement(final_decay=False)) > 0.2 and last(Displacement(), constant) > 0.2
+    assert last(Displacement(), max_epochs=-1, max_steps=60) < 0.2
+
+
+def test_updates_every_n_steps(trainer: Any) -> None:
+    callback = LearnToLearn(every_n_steps=4, initial_search=False)
+    trainer(callback, max_epochs=4).fit(Plain(sgd(0.1)), loader(), loader(24, 1))
+    assert [record["step"] for record in callback.history] == [
+        4,
+        8,
+        12,
+        16,
+        20,
+        21,
+        24,
+    ]  # 21: where the decay may begin

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Plain, loaders, observer
+from helpers import Plain, loaders
 
 from lightning_l2l import LearnToLearn, plotting
 
@@ -15,33 +15,41 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb
 
 
-def record(step: int, rates: list[float], objective: float = -0.5, trouble: str = "") -> dict[str, Any]:
-    return {"step": step, "learning_rates": rates, "meta_objective": objective, "diagnostics": {"trouble": trouble}}
+def record(step: int, rates: list[float], cosine: float = -0.5, trouble: str = "", **more: Any) -> dict[str, Any]:
+    evidence = {"cosine": [cosine], "cosine_error": [0.1], "training_loss": 2.0}
+    return {"step": step, "learning_rates": rates, **evidence, **more, "diagnostics": {"trouble": trouble}}
 
 
-def test_rates_are_on_a_logarithmic_axis_and_the_objective_below() -> None:
-    figure = plotting.plot_history([record(20, [0.1]), record(40, [0.2])])
-    rates, objective = figure.axes
-    assert rates.get_yscale() == "log" and objective.get_xlabel() == "training step"
+def test_rates_are_on_a_logarithmic_axis_above_the_evidence_and_the_losses() -> None:
+    figure = plotting.plot_history([record(10, [0.1]), record(12, [0.2], held_out_loss=2.5)])
+    rates, evidence, losses = figure.axes
+    assert rates.get_yscale() == "log" and losses.get_xlabel() == "training step"
     assert list(rates.lines[0].get_ydata()) == [0.1, 0.2]
-    assert list(objective.lines[0].get_xdata()) == [20, 40]
+    assert list(evidence.lines[0].get_ydata()) == [-0.5, -0.5]
+    assert [line.get_label() for line in losses.lines] == ["training", "held-out"]
     assert rates.get_legend() is None  # one rate needs no legend
 
 
-def test_refused_updates_are_marked_where_they_happened() -> None:
-    history = [record(20, [0.1]), record(40, [0.05], math.inf, "diverged"), record(60, [0.05])]
-    figure = plotting.plot_history(history)
-    marks = [line for line in figure.axes[0].lines if line.get_label() == "no gradient applied"]
+def test_an_exact_estimator_shows_its_meta_objective() -> None:
+    figure = plotting.plot_history([record(10, [0.1], meta_objective=-0.4)])
+    assert figure.axes[1].get_ylabel() == "meta-objective"
+
+
+def test_a_rollback_is_marked_where_it_happened() -> None:
+    rolled_back = {"step": 40, "learning_rates": [0.05], "diagnostics": {"trouble": "rolled_back"}}  # has no evidence
+    figure = plotting.plot_history([record(20, [0.1]), rolled_back, record(60, [0.05], math.inf)])
+    marks = [line for line in figure.axes[0].lines if line.get_label() == "see diagnostics"]
     assert [list(line.get_xdata()) for line in marks] == [[40]]
-    assert math.isnan(figure.axes[1].lines[0].get_ydata()[1])  # an infinite objective is left out
+    cosines = list(figure.axes[1].lines[0].get_ydata())
+    assert cosines[0] == -0.5 and math.isnan(cosines[1]) and math.isnan(cosines[2])  # what is infinite is left out
 
 
-def test_observing_only_is_not_a_refusal(trainer: Any) -> None:
-    callback = observer()
+def test_the_figure_of_a_run_has_its_records(trainer: Any) -> None:
+    callback = LearnToLearn()
     trainer(callback).fit(Plain(), **loaders())
-    assert callback.history[0]["diagnostics"]["note"]  # it does say that it only observed
-    figure = plotting.plot_history(callback.history)
-    assert "no gradient applied" not in [line.get_label() for line in figure.axes[0].lines]
+    figure = callback.plot()
+    assert list(figure.axes[0].lines[0].get_xdata()) == [entry["step"] for entry in callback.history]
+    assert "see diagnostics" not in [line.get_label() for line in figure.axes[0].lines]
 
 
 def test_each_group_has_a_line_and_a_late_one_starts_late() -> None:
@@ -64,7 +72,7 @@ def test_figure_is_written_and_the_callback_uses_it(tmp_path: Path) -> None:
 
 
 def test_nothing_to_plot_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match="no meta-update has happened"):
+    with pytest.raises(ValueError, match="no update has happened"):
         plotting.plot_history([])
 
 

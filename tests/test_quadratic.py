@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_l2l import LearnedStepSize, meta_gradient
+from lightning_l2l import LearnedStepSize, Unroll, meta_gradient
 from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.tasks import Quadratic, Task
 
@@ -155,7 +155,9 @@ def test_the_published_first_order_code_is_reproduced_by_the_engine():
         learned = LearnedStepSize(minimum=1e-12, maximum=1e8).attach(inner_optimizer(torch.optim.SGD, lr=eta))
         engine = meta_gradient(
             task, task.initial_parameters(), learned, [None] * (steps - 1), None,
-            objective="naive_mean" if average else "naive", second_order=row["second_order"] == "True",
+            estimator=Unroll(
+                objective="naive_mean" if average else "naive", second_order=row["second_order"] == "True"
+            ),
         )  # fmt: skip
         share = (steps - 1) / steps if average else 1.0
         found_value = share * engine.value + (1 - share) * start

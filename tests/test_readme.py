@@ -33,7 +33,7 @@ def test_two_commands_do_all_the_set_up() -> None:
     for command in (main, tests):
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt ")
         assert "\\" not in command
-    assert main.endswith(".venv/bin/python examples/digits.py")
+    assert main.endswith(".venv/bin/python examples/quickstart.py")
     assert tests.endswith(".venv/bin/python -m pytest")
     assert others == ["python -m lightning_l2l sanity"]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as pl
 import pytest
-import torch
 
-from lightning_l2l import LearnToLearn, TaskModule
+from lightning_l2l import LearnToLearn, TaskModule, Unroll
 from lightning_l2l.tasks import LeastSquares, Quadratic
 
 
@@ -44,18 +45,15 @@ def test_learn_to_learn_runs_on_the_quadratic_unchanged():
     assert learned.loss(None) < plain.loss(None)
 
 
-@pytest.mark.parametrize("estimator", ["live", "forward"])
-def test_the_callbacks_first_meta_gradient_is_the_closed_form(estimator):
+def test_the_callbacks_first_meta_gradient_is_the_closed_form():
     task = Quadratic.random(4, seed=0)
     step_size = 0.3 * float(task.stability_limit)
-    options = {"initial_search": False, "meta_learning_rate": 0.0, "estimator": estimator}
-    callback = LearnToLearn(unroll_steps=3, every_n_steps=3, **options)
+    callback = LearnToLearn(Unroll(steps=3), every_n_steps=3, initial_search=False, meta_learning_rate=0.0)
     fit(TaskModule(task, learning_rate=step_size), callback, max_steps=6)
     point = task.initial_point
     for _ in range(3):
         point = point - step_size * task.hessian @ point
-    after_three = Quadratic(task.hessian, point)
-    start = task if estimator == "live" else after_three  # live, it is about the three steps that were taken
+    start = Quadratic(task.hessian, point)  # unrolled from where the training is
     (found,) = callback.history[0]["meta_gradient"]["learning_rate"]
     assert found == pytest.approx(step_size * float(start.meta_gradient(step_size, 3)), rel=1e-9)
 
@@ -65,7 +63,8 @@ def test_least_squares_runs_with_its_own_held_out_batches():
     callback = LearnToLearn(every_n_steps=5)
     fit(TaskModule(task, learning_rate=1e-4), callback, max_steps=30)
     assert callback.search_result is not None
-    assert all(torch.isfinite(torch.tensor(record["meta_objective"])) for record in callback.history)
+    assert len(callback.history) >= 6
+    assert all(math.isfinite(record["training_loss"]) for record in callback.history)
 
 
 def test_an_epoch_without_steps_is_refused():

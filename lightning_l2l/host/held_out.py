@@ -177,11 +177,12 @@ class Batches:
         self._seed = seed
         self._limit = limit
         self._iterator: Iterator[Any] | None = None
-        self._kinds = [self._streamed]
+        # Functions, not bound methods: a cycle would leave worker processes to the garbage collector.
+        self._kinds = [Batches._streamed]
         if _is_indexable(loader):
-            self._kinds = [self._grouped, self._streamed]
+            self._kinds = [Batches._grouped, Batches._streamed]
             if type(loader.sampler) in (RandomSampler, SequentialSampler) and loader.batch_size is not None:
-                self._kinds = [self._drawn, self._grouped, self._streamed]
+                self._kinds = [Batches._drawn, Batches._grouped, Batches._streamed]
 
     def __getitem__(self, number: int) -> Any:
         """The raw batch with this number; numbers should increase.
@@ -192,7 +193,7 @@ class Batches:
         with preserved_random_state(self._seed + number):
             while True:
                 try:
-                    return self._kinds[0](number)
+                    return self._kinds[0](self, number)
                 except Exception:
                     if len(self._kinds) == 1:
                         raise
@@ -236,22 +237,24 @@ class Batches:
                 own = copy.copy(loader)  # its persistent workers are the run's
                 own._iterator = None
                 loader = own
-            self._iterator = self._endless(loader)
-        return next(self._iterator)
+            self._iterator = _endless(loader, self._limit)
+        with preserved_generators(self._loader):  # and those of its data set and sampler
+            return next(self._iterator)
 
-    def _endless(self, loader: Any) -> Iterator[Any]:
-        size: int | None = None
-        while True:
-            count = 0
-            for batch in islice(iter(loader), self._limit):
-                count += 1
-                own = _examples(batch)
-                # A last batch that is shorter than the others is left out.
-                if size is None or own is None or own >= size:
-                    size = own
-                    yield batch
-            if not count:
-                raise ValueError("the loader has no batches: is its dataset empty?")
+
+def _endless(loader: Any, limit: int | None) -> Iterator[Any]:
+    size: int | None = None
+    while True:
+        count = 0
+        for batch in islice(iter(loader), limit):
+            count += 1
+            own = _examples(batch)
+            # A last batch that is shorter than the others is left out.
+            if size is None or own is None or own >= size:
+                size = own
+                yield batch
+        if not count:
+            raise ValueError("the loader has no batches: is its dataset empty?")
 
 
 def _is_indexable(loader: Any) -> bool:

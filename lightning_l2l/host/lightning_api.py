@@ -214,10 +214,18 @@ def show_last_rates(trainer: pl.Trainer) -> None:
             scheduler._last_lr = [float(group["lr"]) for group in scheduler.optimizer.param_groups]
 
 
-def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """What callbacks (``WeightAveraging``, ``StochasticWeightAveraging``) keep as an average of the weights."""
-    found: list[Any] = [getattr(callback, "_average_model", None) for callback in getattr(trainer, "callbacks", ())]
-    return [model for model in found if isinstance(getattr(model, "n_averaged", None), torch.Tensor)]
+def averages(trainer: pl.Trainer) -> list[torch.Tensor]:
+    """How many states each average of the weights holds that a callback keeps; at zero it begins anew.
+
+    ``WeightAveraging`` counts in the averaged model, ``StochasticWeightAveraging`` itself.
+    """
+    owners = [
+        owner
+        for callback in getattr(trainer, "callbacks", ())
+        for owner in (callback, getattr(callback, "_average_model", None))
+    ]
+    counts = [getattr(owner, "n_averaged", None) for owner in owners]
+    return [count for count in counts if isinstance(count, torch.Tensor)]
 
 
 def log_on_step(
@@ -231,7 +239,8 @@ def log_on_step(
     connector, results, hook = trainer._logger_connector, trainer._results, module._current_fx_name
     key = f"{hook}.{name}"
     if results is None or hook is None or key not in results:
-        module.log(name, value, prog_bar=prog_bar, on_step=True)
+        # The batch size, where training_step takes an iterator, can only be told; it matters to means only.
+        module.log(name, value, prog_bar=prog_bar, on_step=True, batch_size=1)
         return
     if connector.should_reset_tensors(hook):  # the first one of this hook in an epoch
         results.reset(metrics=False, fx=hook)

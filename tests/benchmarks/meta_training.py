@@ -1,8 +1,8 @@
 """Throughput of meta-training: milliseconds of processor time per task and inner step, one thread.
 
 The paper's 31-feature optimizer on a 64-32-10 network, batches of 64, T = 20 steps, exact second-order reverse mode,
-its meta-loss after the last step. With ``--jax`` also the same computation in JAX (jitted, vmapped, scanned), where it is
-installed. With ``--memory`` instead the peak memory of one meta-gradient of so many tasks, in this process (Linux).
+its meta-loss after the last step. With ``--jax`` also the same computation in JAX (jitted, vmapped, scanned), where it
+is installed. With ``--memory`` instead the peak memory of one meta-gradient of so many tasks, in this process (Linux).
 
     python tests/benchmarks/meta_training.py [--tasks 1 8 32] [--repeats 3] [--jax]
     python tests/benchmarks/meta_training.py --memory --tasks 64 --steps 100 [--mode segmented]

@@ -110,8 +110,9 @@ class Rule(LeaveAlone):
         n = self.count.clamp(min=1)
         mean = self.sum / n
         error = torch.where(n < 3, 1.0, ((self.squares / n - mean.square()).clamp(min=0) / n).sqrt())
+        mean = self.evidence(t, mean, held_cosine)
         margin = self.margin + self.early * max(0.0, 1 - 5 * t / self.steps)
-        rise = ((-mean - error - margin) / self.full).clamp(0, 1)
+        rise = ((-mean - error - margin) / self.full).clamp(0, 1) * self.may_rise(t)
         fall = ((mean - error) / self.full).clamp(0, 1)  # back towards the user's rate, not below
         log = self.log + self.speed * math.log(self.ratio) * (rise - fall)
         log = torch.maximum(torch.minimum(log, self.ceiling), torch.minimum(self.floor, self.log))
@@ -125,6 +126,38 @@ class Rule(LeaveAlone):
             self.decay = torch.where(begins, float(t), self.decay)
         self.count, self.sum, self.squares = torch.zeros(3, len(mean))
         return better
+
+    def evidence(self, t: int, mean: Tensor, held_cosine: Tensor | None) -> Tensor:
+        return mean
+
+    def may_rise(self, t: int) -> float:
+        return 1.0
+
+
+@dataclass
+class HeldOut(Rule):
+    """From the second pass over the data on, a held-out batch's cosine counts where it is larger."""
+
+    def begin(self, runs: int, steps: float, scheduled: Tensor, passes: float) -> None:
+        super().begin(runs, steps, scheduled, passes)
+        self.needs_held_out, self.point = True, 0.0
+        self.held = torch.zeros(runs)
+
+    def evidence(self, t: int, mean: Tensor, held_cosine: Tensor | None) -> Tensor:
+        if held_cosine is None or t * self.passes < self.steps:
+            return mean
+        self.held = self.held + 0.4 * (held_cosine.nan_to_num(0.0) - self.held)
+        return torch.maximum(mean, self.held)
+
+
+@dataclass
+class FewPasses(Rule):
+    """Training gradients alone: no rise after some passes, when they are no held-out gradients any more."""
+
+    most: float = 3.0
+
+    def may_rise(self, t: int) -> float:
+        return float(t * self.passes <= self.most * self.steps)
 
 
 class Old(LeaveAlone):
@@ -189,4 +222,12 @@ class Greedy(LeaveAlone):
         self.good, self.bad = torch.where(up, 0.0, self.good), torch.where(down, 0.0, self.bad)
 
 
-RULES = {"greedy": Greedy, "rule-unknown-length": UnknownLength, "none": LeaveAlone, "old": Old, "rule": Rule}
+RULES = {
+    "held": HeldOut,  # the default, with held-out data
+    "few": FewPasses,  # the default, without
+    "rule": Rule,
+    "rule-unknown-length": UnknownLength,
+    "greedy": Greedy,
+    "none": LeaveAlone,
+    "old": Old,
+}
