@@ -1,7 +1,7 @@
 """The tasks that the rule is meta-trained on: small networks of several kinds, each drawn anew for every training.
 
-Classifiers and autoencoders of scikit-learn's 8 x 8 digits, next-character models of Python's own documentation,
-and regression on random teachers. Each task has its own examples, initial weights and, so that no rate is right for all,
+Classifiers and autoencoders of scikit-learn's 8 x 8 digits, next-character models of Python's own documentation, and
+regression on random teachers. Each task has its own examples, initial weights and, so that no rate is right for all,
 its own parametrisation: the network computes with ``c`` times its parameters, which start at ``1 / c`` of the usual
 ones, ``c`` between 1/3 and 3.
 """
