@@ -18,10 +18,12 @@ from lightning_l2l import (
     LSTMOptimizer,
     MLPOptimizer,
     SmallFCOptimizer,
+    UnitStepOptimizer,
 )
 from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.learned import register_learned_optimizer
 from lightning_l2l.learned.file import checksum
+from lightning_l2l.tasks import ImageClassification
 
 
 def learned_adam():
@@ -269,3 +271,32 @@ def test_a_class_without_a_plain_configuration_says_so(tmp_path):
         with pytest.raises(TypeError, match=message):
             cls().save(tmp_path / "none.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_pretrained_rule_comes_with_the_package():
+    learned = LearnedOptimizer.pretrained("unit_step")
+    assert isinstance(learned, UnitStepOptimizer) and learned.tasks
+    assert learned.network.weights[-1].abs().max() > 0  # else it would be Adam
+    with pytest.raises(ValueError, match="no pretrained 'unit-step'.*unit_step"):
+        LearnedOptimizer.pretrained("unit-step")
+    with pytest.raises(ValueError, match="holds a UnitStepOptimizer, not a MLPOptimizer"):
+        MLPOptimizer.pretrained("unit_step")
+
+
+def test_the_pretrained_rule_trains_at_the_rate_that_it_is_given_without_further_ado():
+    digits = ImageClassification.digits()
+
+    def test_loss(make):
+        generator = torch.Generator().manual_seed(0)
+        parameters = {n: torch.nn.Parameter(p) for n, p in digits.initial_parameters(generator).items()}
+        optimizer = make(parameters.values())
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
+        for _ in range(200):
+            optimizer.zero_grad()
+            digits.loss(parameters, digits.sample_batch("train", generator)).backward()
+            optimizer.step()
+            schedule.step()
+        return digits.loss(parameters, digits.full_batch("test")).item()
+
+    rule = test_loss(LearnedOptimizer.pretrained("unit_step").as_torch_optimizer)
+    assert rule < 0.7 * test_loss(lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -202,6 +203,29 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
         return known._of(content, path)
 
     @classmethod
+    def pretrained(cls, name: str) -> Self:
+        """A learned optimizer that comes with the package, meta-trained and ready for use.
+
+        Args:
+            name: ``"unit_step"``: a :class:`~lightning_l2l.UnitStepOptimizer`, which says what it was trained on, by
+                which command, and how it compares with AdamW.
+
+        Raises:
+            ValueError: There is none of this name.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = LearnedOptimizer.pretrained("unit_step").as_torch_optimizer(model.parameters(), lr=1.0)
+            >>> schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1000)
+        """
+        known = {path.stem: path for path in _WEIGHTS.glob("*.safetensors")}
+        if name not in known:
+            there = ", ".join(sorted(known))
+            raise ValueError(f"There is no pretrained {name!r}; these come with the package: {there}.")
+        return cls.load(known[name])
+
+    @classmethod
     def _of(cls, content: file.Content, path: Any) -> Self:
         try:
             # Without memory first: the sizes in the header are anybody's, and must be those of the tensors.
@@ -226,6 +250,8 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
         return learned
 
 
+# In the wheel as files: nothing here is imported from an archive.
+_WEIGHTS = Path(__file__).parent / "weights"
 _CLASSES: dict[str, type[LearnedOptimizer]] = {}
 _Class = TypeVar("_Class", bound=type[LearnedOptimizer])
 
