@@ -197,7 +197,8 @@ def draw(results: Results, folder: Path) -> None:
                 ("careless rate", one.at("plain", CARELESS), {"color": ink, "linestyle": ":", "alpha": 0.7}),
                 ("usual rate", one.at("plain", USUAL), {"color": orange, "linestyle": "--"}),
                 ("best rate of a grid", at_best, {"color": ink, "linestyle": "-", "alpha": 0.7}),
-                ("LearnToLearn from the careless rate", one.at("LearnToLearn", CARELESS), {"color": blue, "lw": 3}),
+                ("LearnToLearn, careless", one.at("LearnToLearn", CARELESS), {"color": blue, "lw": 3, "linestyle": ":"}),
+                ("LearnToLearn, usual", one.at("LearnToLearn", USUAL), {"color": blue, "lw": 3}),
             ]
             for label, seeds, style in lines:
                 if seeds:
@@ -211,7 +212,7 @@ def draw(results: Results, folder: Path) -> None:
             if one.task.measure == "accuracy":
                 axes.yaxis.set_major_formatter("{x:.0f} %")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=ink)
+        figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, labelcolor=ink)
         figure.savefig(folder / name)
 
 
