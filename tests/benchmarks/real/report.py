@@ -197,7 +197,7 @@ def draw(results: Results, folder: Path) -> None:
                 ("careless rate", one.at("plain", CARELESS), {"color": ink, "linestyle": ":", "alpha": 0.7}),
                 ("usual rate", one.at("plain", USUAL), {"color": orange, "linestyle": "--"}),
                 ("best rate of a grid", at_best, {"color": ink, "linestyle": "-", "alpha": 0.7}),
-                ("LearnToLearn, careless", one.at("LearnToLearn", CARELESS), {"color": blue, "lw": 3, "linestyle": ":"}),
+                ("LearnToLearn, careless", one.at("LearnToLearn", CARELESS), {"color": blue, "lw": 3, "ls": ":"}),
                 ("LearnToLearn, usual", one.at("LearnToLearn", USUAL), {"color": blue, "lw": 3}),
             ]
             for label, seeds, style in lines:
