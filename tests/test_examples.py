@@ -13,6 +13,7 @@ import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "digits_task")
+COPIED = {"quickstart", "finetune_transformer", "vision_cli"}  # run in small by test_programs_to_copy.py
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +122,7 @@ def test_command_line_configures_the_callback(arguments: list[str], expected: tu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "digits_cli"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in COPIED | {"digits_cli"}])
 def test_example_runs_to_its_end_without_quick_too(name: str) -> None:
     load(name).main([])
     assert name == "fabric" or Path(f"{name}.png").stat().st_size > 10_000
