@@ -81,7 +81,8 @@ def train(learning_rate: float, steps: int, learn: bool = False) -> Run:
     began = time.perf_counter()
     trainer.fit(model, batches, held_out)
     run.seconds = time.perf_counter() - began
-    run.first_rate, run.last_rate = learning_rate, learner.learning_rates[0] if learn else learning_rate
+    run.first_rate = learning_rate
+    run.largest_rate = max([learning_rate, *(record["learning_rates"][0] for record in learner.history)])
     run.test_loss = trainer.validate(model, test, verbose=False)[0]["val_loss"]
     return run
 
@@ -109,9 +110,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Run]:
         f"LearnToLearn from {CARELESS:g}": train(CARELESS, options.steps, learn=True),
         f"best of {len(GRID)} rates": min(grid.values(), key=lambda run: run.curve[-1][1]),
     }
-    print(f"{'':24}{'first rate':>12}{'last rate':>12}{'test loss':>12}{'seconds':>10}")
+    print(f"{'':24}{'first rate':>12}{'largest':>12}{'test loss':>12}{'seconds':>10}")
     for name, run in runs.items():
-        print(f"{name:24}{run.first_rate:12.2g}{run.last_rate:12.2g}{run.test_loss:12.3f}{run.seconds:10.1f}")
+        print(f"{name:24}{run.first_rate:12.2g}{run.largest_rate:12.2g}{run.test_loss:12.3f}{run.seconds:10.1f}")
     draw(runs, options.plot)
     return runs
 

@@ -20,7 +20,7 @@ from lightning_l2l.host import lightning_api, reporting
 from lightning_l2l.host.held_out import HeldOut, ValidationBatches
 from lightning_l2l.host.isolation import hidden_attribute
 from lightning_l2l.host.refusals import prepare
-from lightning_l2l.host.unroll import UnrollTuner
+from lightning_l2l.host.unroll import UnrollTuner, unrolled_values
 from lightning_l2l.learned import LearnedHyperparameters, LearnedOptimizer
 from lightning_l2l.rates import AppliedRecord, plain
 from lightning_l2l.schedule import LearnedSchedule
@@ -369,7 +369,7 @@ class LearnToLearn(pl.Callback):
             for kind in ("cosine", "held_out_cosine"):
                 names = reporting.names_of(kind, optimizers)[sum(len(o.param_groups) for o in optimizers[:number]) :]
                 found |= dict(zip(names, record.get(kind, []), strict=False))
-            found |= reporting.unrolled_values(record, optimizers[number])
+            found |= unrolled_values(record, optimizers[number])
             reporting.log(trainer, module, found)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -213,15 +213,11 @@ class AppliedRates:
         finally:
             self.refresh()
 
-    def close(self, *, keep: bool = True) -> None:
-        """Leave plain numbers in the groups.
-
-        Args:
-            keep: Whether they are the applied rates, or the base rates.
-        """
+    def close(self) -> None:
+        """Leave plain numbers in the groups: the applied rates."""
         if self._hook is not None:
             self._hook.remove()
-        for group, rate in zip(self.optimizer.param_groups, self.applied if keep else self._base, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self.applied, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:

@@ -356,15 +356,14 @@ def test_arithmetic_acts_on_base_and_applied_rate() -> None:
 
 
 def test_closing_leaves_plain_numbers() -> None:
-    for keep, expected in ((True, 0.2), (False, 0.1)):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-        rates = AppliedRates(optimizer)
-        rates.apply([2.0])
-        with rates.hidden():
-            assert type(optimizer.param_groups[0]["lr"]) is float and optimizer.param_groups[0]["lr"] == 0.1
-        assert optimizer.param_groups[0]["lr"] == 0.2
-        rates.close(keep=keep)
-        assert type(optimizer.param_groups[0]["lr"]) is float and optimizer.param_groups[0]["lr"] == expected
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    rates = AppliedRates(optimizer)
+    rates.apply([2.0])
+    with rates.hidden():
+        assert type(optimizer.param_groups[0]["lr"]) is float and optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    rates.close()
+    assert type(optimizer.param_groups[0]["lr"]) is float and optimizer.param_groups[0]["lr"] == 0.2
 
 
 def test_a_group_without_a_rate_is_refused() -> None:

@@ -80,13 +80,6 @@ def is_manual(module: pl.LightningModule) -> bool:
     return not module.automatic_optimization
 
 
-def overrides(module: pl.LightningModule, hook: str) -> bool:
-    """Whether the user wrote this hook of the LightningModule."""
-    # Not Lightning's `is_overridden`: that one does not know modules of the `pytorch_lightning` namespace.
-    home = str(getattr(getattr(module, hook), "__module__", ""))
-    return not home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
-
-
 def real_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
     """The optimizers of the run; none where ``configure_optimizers`` returned nothing."""
     return [optimizer for optimizer in trainer.optimizers if type(optimizer).__name__ != "_MockOptimizer"]

@@ -69,14 +69,14 @@ def _refuse(trainer: pl.Trainer, module: pl.LightningModule, *, twice: bool) -> 
         )
     if lightning_api.takes_iterator(module):
         reasons.append("training_step(self, dataloader_iter) leaves no batch to remember: take `batch` instead")
-    if lightning_api.overrides(module, "configure_gradient_clipping"):
+    if _overrides(module, "configure_gradient_clipping"):
         reasons.append(
             "a configure_gradient_clipping of your own changes gradients in place, which has no derivative: use the "
             "Trainer's gradient_clip_val and gradient_clip_algorithm"
         )
     for hook in _HOOKS_THAT_SEE_GRADIENTS:
         code = getattr(getattr(module, hook), "__code__", None)
-        if lightning_api.overrides(module, hook) and any("clip_grad" in name for name in getattr(code, "co_names", ())):
+        if _overrides(module, hook) and any("clip_grad" in name for name in getattr(code, "co_names", ())):
             reasons.append(f"{hook} clips gradients in place, out of sight: use the Trainer's gradient_clip_val")
     sharded = any(hasattr(parameter, "to_local") for parameter in module.parameters())
     if sharded or any(lightning_api.is_a(trainer.strategy, name) for name in _SHARDED):
@@ -107,3 +107,10 @@ def _has_weight_norm(module: nn.Module) -> bool:
     if parametrizations is not None:
         return any(type(step).__name__ == "_WeightNorm" for steps in parametrizations.values() for step in steps)
     return any(type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values())
+
+
+def _overrides(module: pl.LightningModule, hook: str) -> bool:
+    """Whether the user wrote this hook of the LightningModule."""
+    # Not Lightning's `is_overridden`: that one does not know modules of the `pytorch_lightning` namespace.
+    home = str(getattr(getattr(module, hook), "__module__", ""))
+    return not home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))

@@ -49,18 +49,6 @@ def names_of(name: str, optimizers: Sequence[torch.optim.Optimizer]) -> list[str
     return found
 
 
-def unrolled_values(record: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """What is logged of an update by an exact estimator: meta-gradients (means of their entries), learned values."""
-    found = {
-        f"l2l/meta_gradient/{name}": sum(entries) / len(entries)
-        for name, entries in record.get("meta_gradient", {}).items()
-    }
-    groups = record.get("hyperparameters", [])
-    for key in [key for key in (groups[0] if groups else {}) if key != "lr"]:
-        found |= dict(zip(names_of(key, [optimizer]), [group[key] for group in groups], strict=True))
-    return found
-
-
 def summary(tuners: Sequence[Tuner], history: Sequence[Mapping[str, Any]]) -> str:
     """One line for the end of the fit: what was changed, and what the evidence was at the end."""
     factors = [f"{math.exp(value):.3g}" for tuner in tuners for value in tuner.log_factors]

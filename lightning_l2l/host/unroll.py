@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from lightning_l2l.functional import InnerOptimizer, mirror, read_state
 from lightning_l2l.host.held_out import SEED_STRIDE, HeldOut
 from lightning_l2l.host.isolation import unnoticed
 from lightning_l2l.host.refusals import WAY_OUT
+from lightning_l2l.host.reporting import names_of
 from lightning_l2l.host.training_loss import StepBatches, TrainingLoss, clipping, copied_batch, processes_of
 from lightning_l2l.learned import LearnedHyperparameters, LearnedOptimizer, LearnedTorchOptimizer, OptimizerInUse
 from lightning_l2l.preserve import PreservedTensors
@@ -408,3 +409,15 @@ def _size(value: Any) -> float:
     if type(value) is dict:
         return sum(map(_size, [*value.keys(), *value.values()]))
     return 0 if type(value) in (int, float, bool, str, type(None)) else math.inf
+
+
+def unrolled_values(record: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What is logged of an update by an exact estimator: meta-gradients (means of their entries), learned values."""
+    found = {
+        f"l2l/meta_gradient/{name}": sum(entries) / len(entries)
+        for name, entries in record.get("meta_gradient", {}).items()
+    }
+    groups = record.get("hyperparameters", [])
+    for key in [key for key in (groups[0] if groups else {}) if key != "lr"]:
+        found |= dict(zip(names_of(key, [optimizer]), [group[key] for group in groups], strict=True))
+    return found

@@ -33,8 +33,13 @@ class Found:
         return self.runs.get((method, factor, schedule), {})
 
     def best(self, method: str = "plain") -> tuple[float, Seeds]:
-        """Of all constant rates of a method, by the mean test measure; only those that all seeds have had."""
+        """Of all constant rates of a method, by the mean test measure; only those that all seeds have had.
+
+        Nothing while the grid has not been run.
+        """
         rates = {key[1]: seeds for key, seeds in self.runs.items() if key[0] == method and not key[2]}
+        if method == "plain" and len(rates) < 4:
+            return math.nan, {}
         most = max(map(len, rates.values()), default=0)
         full = {factor: seeds for factor, seeds in rates.items() if len(seeds) == most}
         return min(full.items(), key=lambda item: self.task.sign * value(item[1]), default=(math.nan, {}))
@@ -197,7 +202,8 @@ def draw(results: Results, folder: Path) -> None:
                 ("careless rate", one.at("plain", CARELESS), {"color": ink, "linestyle": ":", "alpha": 0.7}),
                 ("usual rate", one.at("plain", USUAL), {"color": orange, "linestyle": "--"}),
                 ("best rate of a grid", at_best, {"color": ink, "linestyle": "-", "alpha": 0.7}),
-                ("LearnToLearn from the careless rate", one.at("LearnToLearn", CARELESS), {"color": blue, "lw": 3}),
+                ("LearnToLearn, careless", one.at("LearnToLearn", CARELESS), {"color": blue, "lw": 3, "ls": ":"}),
+                ("LearnToLearn, usual", one.at("LearnToLearn", USUAL), {"color": blue, "lw": 3}),
             ]
             for label, seeds, style in lines:
                 if seeds:
@@ -211,7 +217,7 @@ def draw(results: Results, folder: Path) -> None:
             if one.task.measure == "accuracy":
                 axes.yaxis.set_major_formatter("{x:.0f} %")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=ink)
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, labelcolor=ink)
         figure.savefig(folder / name)
 
 
