@@ -1,4 +1,4 @@
-"""A rule to take as it is: a small network that turns Adam's direction, with steps of a known size."""
+"""A rule to take as it is: a small network that corrects Adam's direction, with steps of a known size."""
 
 from __future__ import annotations
 
@@ -39,7 +39,18 @@ class UnitStepOptimizer(CoordinatewiseOptimizer):
 
     the means over the tensor. With the last layer at zero, as it is drawn, that is Adam with steps of unit size.
 
-    When it helps: see :meth:`pretrained`. State: five numbers per parameter.
+    When it helps: where no rate has been tuned. ``LearnedOptimizer.pretrained("unit_step")`` was meta-trained with a
+    linear schedule on trainings of 60 to 400 steps of small networks (8 x 8 digits, text, random teachers) by
+    ``python examples/pretrained/train.py``, seed 0. At ``lr=1`` and with that schedule, on ten networks and data
+    sets that it had not seen together, 300 and 1000 steps (``python examples/pretrained/compare.py --seeds 2``), its
+    test loss was 1.05 times (median) that of AdamW at the best of eleven rates *for each task*, from 0.51 (convnet with
+    BatchNorm) to 2.3 (matrix factorisation), and below that of AdamW at 1e-3 on 15 of 20. So it is **not better than a
+    tuned AdamW**. It overfits small tables: 1.2 and 1.6 on 265 rows (diabetes), and on 106 rows that AdamW separates
+    (wine) the test loss was 0.22 and 0.16 instead of 0.0001 and 0.02. Longer trainings and larger networks were not
+    tried.
+
+    Cost: 21 features and two small layers for each number: 82 ms for a million parameters on one core, where AdamW
+    (foreach) takes 1.7. State: five numbers per parameter.
 
     Args:
         hidden_size: Units in each of the two hidden layers.
@@ -48,8 +59,8 @@ class UnitStepOptimizer(CoordinatewiseOptimizer):
     Raises:
         ValueError: A size below 1, or a multiplier that is not positive.
 
-    Source: normalised steps and the size of the network as in Celo2 (arXiv 2602.19142); the way over Adam's direction
-    and the features of a tensor are ours.
+    Source: normalised steps and the size of the network as in Celo2 (arXiv 2602.19142); that the network corrects
+    Adam's direction, and the features of a tensor, are ours.
 
     Example:
         >>> learned = UnitStepOptimizer()
