@@ -41,13 +41,13 @@ class UnitStepOptimizer(CoordinatewiseOptimizer):
 
     When it helps: where no rate has been tuned. ``LearnedOptimizer.pretrained("unit_step")`` was meta-trained with a
     linear schedule on trainings of 60 to 400 steps of small networks (8 x 8 digits, text, random teachers) by
-    ``python examples/pretrained/train.py``, seed 0. At ``lr=1`` and with that schedule, on ten networks and data
-    sets that it had not seen together, 300 and 1000 steps (``python examples/pretrained/compare.py --seeds 2``), its
-    test loss was 1.05 times (median) that of AdamW at the best of eleven rates *for each task*, from 0.51 (convnet with
-    BatchNorm) to 2.3 (matrix factorisation), and below that of AdamW at 1e-3 on 15 of 20. So it is **not better than a
-    tuned AdamW**. It overfits small tables: 1.2 and 1.6 on 265 rows (diabetes), and on 106 rows that AdamW separates
-    (wine) the test loss was 0.22 and 0.16 instead of 0.0001 and 0.02. Longer trainings and larger networks were not
-    tried.
+    ``python examples/pretrained/train.py``, seed 0 (six minutes of one core; done twice, with the same weights to the
+    last bit). At ``lr=1`` and with that schedule, on ten networks and data sets that it had not seen together, 300 and
+    1000 steps (``python examples/pretrained/compare.py --seeds 2``), its test loss was 1.05 times (median) that of
+    AdamW at the best of eleven rates *for each task*, from 0.51 (convnet with BatchNorm) to 2.3 (matrix factorisation),
+    and below that of AdamW at 1e-3 on 15 of 20. So it is **not better than a tuned AdamW**. It overfits small tables:
+    1.2 and 1.6 on 265 rows (diabetes), and on 106 rows that AdamW separates (wine) the test loss was 0.22 and 0.16
+    instead of 0.0001 and 0.02. Longer trainings and larger networks were not tried.
 
     Cost: 21 features and two small layers for each number: 82 ms for a million parameters on one core, where AdamW
     (foreach) takes 1.7. State: five numbers per parameter.
