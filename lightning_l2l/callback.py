@@ -35,7 +35,7 @@ class LearnToLearn(pl.Callback):
 
     Every so often it computes the cosine between the gradient and the displacement of the weights from their running
     average. While the training makes progress that cosine is negative, and the rate may rise; where recent steps
-    overshot it is positive, and the rate falls. A run that diverges is taken back. Your rate and your schedule stay
+    overshot it is positive, and the rate falls. A run that diverges is rolled back. Your rate and your schedule stay
     unless the evidence is larger than its noise; what is learned is a factor on top of them.
 
     **When it helps.** You do not know a good learning rate, or one constant rate is not good all the way. **What it

@@ -158,7 +158,7 @@ class RunningAverage:
         return {"average": list(self._average.values()), "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; an average whose shapes are others begins anew."""
+        """Go on from a saved state; an average with other shapes starts afresh."""
         averages = list(self._average.values())
         if [a.shape for a in averages] == [a.shape for a in state["average"]]:
             torch._foreach_copy_(averages, [a.to(b) for a, b in zip(state["average"], averages, strict=True)])
@@ -338,7 +338,7 @@ class Rule:
         return math.exp(self.log_factors[unit]) * left
 
     def cut(self, step: int) -> float:
-        """The run was taken back: cut the rates, by ten if it was lost at once, else by three.
+        """The run was rolled back: cut the rates, by ten if it was lost at once, else by three.
 
         Returns:
             What they were divided by.

@@ -48,7 +48,7 @@ class LossWatch:
         self.is_suspicious = False
         self._patience = max(10.0, _PATIENCE * planned_steps if planned_steps < math.inf else 100.0)
         self._high = 0
-        self._seen = 0  # since the start, or since the run was taken back
+        self._seen = 0  # since the start, or since the run was rolled back
         self._tolerance = 1.0
         self._lowest = math.inf
 
@@ -74,7 +74,7 @@ class LossWatch:
         return improved
 
     def forget(self) -> None:
-        """The run was taken back: what comes now is another training from the snapshot."""
+        """The run was rolled back: what comes now is another training from the snapshot."""
         self._seen, self._high, self.is_suspicious = 0, 0, False
 
     def unfounded(self) -> None:
@@ -105,7 +105,7 @@ def is_worse(before: Sequence[float], now: Sequence[float]) -> bool:
 
 
 class Snapshot:
-    """A copy of the weights and buffers, to go back to. The optimizer's state begins anew there.
+    """A copy of the weights and buffers, to go back to. The optimizer's state starts afresh there.
 
     **Memory**: one copy of the trained parameters and the buffers. Frozen parameters are copied while they are not the
     larger part (a teacher is; the base of an adapter is not).

@@ -22,7 +22,7 @@ from lightning_l2l.rates import AppliedRates, AppliedRecord
 # loss; ``before`` is called once everything is saved, and may move the weights. See lightning_l2l.host.held_out.
 HeldOutGradient = Callable[[int, Callable[[], None] | None], AbstractContextManager[Tensor]]
 
-# An average that is larger than this is not written into checkpoints: it begins anew in a run that is resumed.
+# An average that is larger than this is not written into checkpoints: it starts afresh in a run that is resumed.
 LARGEST_SAVED = 64 * 2**20
 # A run that is lost more often than this has another problem than its learning rate.
 _MOST_ROLLBACKS = 10
@@ -110,7 +110,7 @@ class Displacement:
             every_n_steps: Steps from one update to the next; ``None``: in proportion to the steps so far.
             meta_learning_rate: A multiple of the usual speed; 0 only observes.
             initial_search: Whether a rate that hardly moves the weights rises in the first steps already.
-            divergence_guard: Whether a lost run is taken back.
+            divergence_guard: Whether a diverged run is rolled back.
             has_schedule: Whether a scheduler moves the rate, too.
             is_player: Whether it is one of several whose losses work against each other (GANs): then a rate rises only
                 where it hardly moves the weights, since progress against another player is no progress by itself.
@@ -148,7 +148,7 @@ class Tuner:
         rule: When and how rates move.
         modules: Modules whose buffers are taken along by the guard, and put back after a held-out gradient.
         search: Whether to say what the first steps made of the rate.
-        guard: Whether to take a lost run back.
+        guard: Whether to roll a diverged run back.
         seed: Of what a held-out loss draws.
 
     Attributes:
@@ -158,7 +158,7 @@ class Tuner:
         search_result: What the first steps changed, once they are over; ``None`` where nothing is looked for.
         seen: Optimizer steps when :meth:`step` was last called.
         held_out_error: What the last held-out gradient failed with: the update went on with the training gradients.
-        rollbacks: How often the run was taken back.
+        rollbacks: How often the run was rolled back.
         estimator: What the evidence is, in the records.
     """
 
@@ -439,8 +439,8 @@ class Tuner:
         self.rollbacks += 1
         self._apply()
         note = (
-            "The training had diverged. Weights and buffers were taken back to the last good snapshot, the optimizer's "
-            f"state begins anew, and the learning rate was divided by {cut:g}."
+            "The training had diverged. Weights and buffers were restored from the last good snapshot, the optimizer's "
+            f"state starts afresh, and the learning rate was divided by {cut:g}."
         )
         if self.rollbacks == _MOST_ROLLBACKS:
             note += (

@@ -208,7 +208,7 @@ def show_last_rates(trainer: pl.Trainer) -> None:
 
 
 def averages(trainer: pl.Trainer) -> list[torch.Tensor]:
-    """How many states each average of the weights holds that a callback keeps; at zero it begins anew.
+    """How many states each average of the weights holds that a callback keeps; at zero it starts afresh.
 
     ``WeightAveraging`` counts in the averaged model, ``StochasticWeightAveraging`` itself.
     """

@@ -59,7 +59,7 @@ def summary(tuners: Sequence[Tuner], history: Sequence[Mapping[str, Any]]) -> st
     if cosines:
         last = ", ".join(f"{value:+.2f}" for value in cosines[-1])
         said += f" (last cosine of gradient and displacement {last}: negative is progress, positive overshoots)"
-    return said + (f"; the run was taken back {rolled_back} times." if rolled_back else ".")
+    return said + (f"; the run was rolled back {rolled_back} times." if rolled_back else ".")
 
 
 def log_figure(trainer: pl.Trainer, history: Sequence[Mapping[str, Any]]) -> None:
