@@ -369,7 +369,8 @@ class LearnToLearn(pl.Callback):
             for kind in ("cosine", "held_out_cosine"):
                 names = reporting.names_of(kind, optimizers)[sum(len(o.param_groups) for o in optimizers[:number]) :]
                 found |= dict(zip(names, record.get(kind, []), strict=False))
-            found |= unrolled_values(record, optimizers[number])
+            if "meta_gradient" in record:
+                found |= unrolled_values(record, optimizers[number])
             reporting.log(trainer, module, found)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
