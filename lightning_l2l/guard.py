@@ -95,10 +95,6 @@ def is_worse(before: Sequence[float], now: Sequence[float]) -> bool:
     """Whether the present weights do worse than those of the snapshot, on the same batches.
 
     Never where the losses of the snapshot are no numbers themselves: then the batch, or the loss, is what is wrong.
-
-    Example:
-        >>> is_worse([2.3, 2.4], [math.nan, 2.0]), is_worse([2.3], [2.2]), is_worse([math.nan], [math.nan])
-        (True, False, False)
     """
     level, present = sum(before), sum(now)
     return math.isfinite(level) and not present <= level

@@ -194,11 +194,6 @@ def run_training_step(
     return output
 
 
-def scheduler_steps(module: pl.LightningModule) -> Any:
-    """The module's ``lr_scheduler_step``, through which the loops step every scheduler."""
-    return module.lr_scheduler_step
-
-
 def show_last_rates(trainer: pl.Trainer) -> None:
     """``scheduler.get_last_lr()`` says what the groups show."""
     for config in trainer.lr_scheduler_configs:
