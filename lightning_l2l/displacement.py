@@ -64,9 +64,9 @@ class RunningAverage:
         >>> with torch.no_grad():
         ...     _ = weight.add_(1.0)
         >>> average.fold(1)
-        >>> average.move_weights()
-        >>> round(weight.item(), 3)
-        0.9
+        >>> weight.grad = torch.ones(1)
+        >>> average.measure(0)[:2].round(decimals=3).tolist()  # the average is at 0.9, so the displacement is 0.1
+        [0.1, 1.0]
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -141,12 +141,6 @@ class RunningAverage:
         if options.get("maximize"):
             total[0].neg_()
         return total
-
-    @torch.no_grad()
-    def move_weights(self) -> None:
-        """Move the weights to their average. Whoever calls this puts them back."""
-        for parameter, average in self._average.items():
-            local(parameter).copy_(average)
 
     def restart(self, step: int) -> None:
         """Begin anew from the weights after so many steps."""
