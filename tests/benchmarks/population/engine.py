@@ -170,7 +170,7 @@ def train(task: Task, optimizer: str, steps: int, runs: Runs) -> dict[str, Tenso
             batch.append(torch.stack([family.noise(noise, pick.shape[1])] * len(weights)))
         loss, gradient = task.gradient(weights, batch)
         shape = torch.where(cosine, 0.5 + 0.5 * math.cos(math.pi * t / steps), 1.0)
-        stride = max(1, t // 128)
+        stride = max(1, t // 64)
         sampled = t % stride == 0
         if mine and sampled:
             way = weights - average

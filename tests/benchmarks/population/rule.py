@@ -44,7 +44,7 @@ class LeaveAlone:
 
 @dataclass
 class Rule(LeaveAlone):
-    """Rise while the training gradients are unanimous, fall below the user's rate only after a divergence, then decay.
+    """Rise while the training gradients are unanimous, fall below the user's rate only if that diverges, then decay.
 
     The evidence is the cosine between the gradient that the optimizer is about to use and the displacement of the
     weights from their average (weight 9/(t+9)), its mean and standard error over the steps since the last update.
@@ -59,7 +59,9 @@ class Rule(LeaveAlone):
     early: float = 0.3  # the same, in addition, at the start; it falls to nothing by a fifth of the planned steps
     ratio: float = 1.2  # of the times of two updates
     first: float = 10.0
-    still: float = 5e-4  # a displacement, relative to the weights, below which the rate is absurdly low
+    still: float = 0.3  # a rate that would move the weights by less of their norm in the whole training is absurdly low
+    trial: float = 50.0  # this part of the planned steps shows what a rate is worth, once the user's has diverged
+    worth: float = 0.05  # of the first loss: by so much a lower rate must do better
     tail: float = 0.85  # share of the planned steps after which the rate may decay to zero
     keep: float = -0.02  # a cosine below which progress goes on and the rate does not decay
 
@@ -71,6 +73,8 @@ class Rule(LeaveAlone):
         self.initial, self.smooth, self.age, self.trouble, self.peak = torch.zeros(5, runs)
         self.lowest = torch.full((runs,), math.inf)
         self.decay = torch.full((runs,), math.inf)  # the step from which the rate decays
+        self.searching = torch.zeros(runs, dtype=torch.bool)
+        self.result, self.chosen = torch.full((runs,), math.inf), torch.zeros(runs)
 
     def times(self) -> set[int]:
         last = self.steps if math.isfinite(self.steps) else 1e6
@@ -87,9 +91,23 @@ class Rule(LeaveAlone):
         excess = (self.smooth - self.initial) / self.initial.abs()
         self.trouble = torch.where(excess > 1, self.trouble + 1, 0.0)
         lost = ~(excess <= 30) | (self.trouble > max(10.0, self.steps / 20 if math.isfinite(self.steps) else 100.0))
+        # Where it was the user's rate that failed, and the loss was never below the first, that rate is no floor, and
+        # one is searched: the same steps from the snapshot with a third of the rate, as long as that does better.
+        own = lost & (self.log <= 0)
+        self.searching |= own & self.lowest.isinf()
         self.ceiling = torch.where(lost, self.log - math.log(2), self.ceiling)
-        self.log = self.log - torch.where(lost, torch.where(self.age < 6, math.log(10), math.log(3)), 0.0)
-        self.floor = torch.where(lost, torch.minimum(self.floor, self.log), self.floor)
+        lower = self.log - torch.where(self.age < 6, math.log(10), math.log(3))
+        self.log = torch.where(lost, torch.where(own, lower, lower.clamp(min=0)), self.log)
+        lowest = torch.where(self.searching, -math.inf, torch.minimum(self.floor, self.log))
+        self.floor = torch.where(lost, lowest, self.floor)
+        length = max(10, math.ceil(self.steps / self.trial)) if math.isfinite(self.steps) else 20
+        tried = self.searching & ~lost & (self.age >= length)
+        better = tried & (self.smooth < self.result - self.worth * self.initial.abs())
+        self.result = torch.where(better, self.smooth, self.result)
+        self.chosen = torch.where(better, self.log, self.chosen)
+        self.log = torch.where(better, self.log - math.log(3), torch.where(tried, self.chosen, self.log))
+        self.searching &= ~tried | better
+        lost = lost | better
         for state in (self.count, self.sum, self.squares, self.trouble):
             state[lost] = 0.0
         if cosine is not None and moved is not None:
@@ -97,10 +115,14 @@ class Rule(LeaveAlone):
             cosine = torch.where(ok, cosine, 0.0)
             self.count, self.sum = self.count + ok, self.sum + cosine
             self.squares = self.squares + cosine.square()
-            # Absurdly low: the weights hardly move, and all gradients say further.
-            absurd = (moved < self.still) & (self.age > 2) & (self.sum < -0.1 * self.count) & ~self.scheduled
-            if t < 60:
-                self.log = torch.where(absurd, self.log + math.log(2), self.log)
+            # Absurdly low: to the end, the weights would hardly move, and all gradients say further.
+            steps = self.steps if math.isfinite(self.steps) else 1000
+            per_step = moved / (self.age + 1).clamp(max=(t + 9) / 9)
+            absurd = (per_step * steps < self.still) & (self.age > 2) & ~self.scheduled
+            absurd &= self.sum < torch.where(moved < 1e-5, 0.0, -0.1) * self.count
+            if t < max(60, steps / 10):
+                step = torch.where(moved < 1e-5, math.log(10), math.log(2))
+                self.log = torch.where(absurd, self.log + step, self.log)
         self.age = torch.where(lost, 0.0, self.age + 1)
         left = torch.where(self.decay.isinf(), 1.0, (self.steps - t) / (self.steps - self.decay))
         self.factor = self.log.exp() * left
@@ -117,9 +139,9 @@ class Rule(LeaveAlone):
         log = self.log + self.speed * math.log(self.ratio) * (rise - fall)
         log = torch.maximum(torch.minimum(log, self.ceiling), torch.minimum(self.floor, self.log))
         # A warm-up is a plan; a schedule that comes down makes the gradients unanimous again, no reason to undo it.
-        free = (self.share >= 0.9 * self.peak) & ~self.rising & self.decay.isinf()
+        free = (self.share >= 0.9 * self.peak) & ~self.rising & self.decay.isinf() & ~self.searching
         self.log = torch.where(free, log, self.log)
-        better = (self.smooth < torch.minimum(self.lowest, self.initial)) & (self.age > 8)
+        better = (self.smooth < torch.minimum(self.lowest, self.initial)) & (self.age > 8) & ~self.searching
         self.lowest = torch.where(better, self.smooth, self.lowest)
         if t >= self.tail * self.steps:
             begins = self.decay.isinf() & (mean > self.keep) & ~self.scheduled
