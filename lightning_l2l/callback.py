@@ -301,9 +301,10 @@ class LearnToLearn(pl.Callback):
                 lightning_api.show_last_rates(trainer)
         self._show_rates()
         self._log(trainer, pl_module, records)
-        if self.search_result is None and self._tuners[0].search_result is not None:
-            self.search_result = self._tuners[0].search_result
-            self._say("search", f"{self.search_result.reason} (learning rate {self.search_result.learning_rate:.3g}).")
+        found = self._tuners[0].search_result
+        if found is not None and found != self.search_result:
+            self.search_result = found
+            self._say(found.reason, f"{found.reason} (learning rate {found.learning_rate:.3g}).")
 
     def _show_rates(self) -> None:
         for tuner in self._tuners:

@@ -31,20 +31,27 @@ from lightning_l2l.preserve import local
 # has their results on the other half.
 _SMALL = 2**14  # entries: tensors up to this size are measured together
 _AVERAGE = 9  # the average moves by 9 / (t + 9) of the way: a mean age of a tenth of the steps
-_SAMPLES = 128  # measurements each time that the number of steps doubles, about
+_SAMPLES = 64  # measurements each time that the number of steps doubles, about
 _FIRST_UPDATE, _RATIO = 10, 1.2  # updates follow 10, 12, 15, ... steps
 _SPEED = 2.0  # the most that the log of the rate moves for each unit of the log of time
 _MARGIN, _FULL = 0.05, 0.2  # a cosine down to -_MARGIN is no reason to rise; _FULL beyond it is full speed
 _EARLY_MARGIN, _EARLY = 0.3, 0.2  # early on every rate makes progress, so the margin is larger
 _PEAK = 0.9  # of its largest value: a schedule below it is coming down, which is no reason to rise against it
 _DECAY_AT, _PROGRESS = 0.85, -0.02  # a cosine below _PROGRESS: the training gets on, and the rate does not decay
-_STILL, _RAMP, _RAMP_STEPS, _UNANIMOUS = 5e-4, 2.0, 60, -0.1
+_UNKNOWN = 1000  # steps that are assumed where something is in proportion to a length that nobody knows
+# A rate at which the weights would move by less than _STILL of their norm until the end is doubled at once while the
+# cosine is below _UNANIMOUS, early on; one at which they have moved by less than _NOWHERE is multiplied by ten.
+_STILL, _RAMP, _UNANIMOUS = 0.3, 2.0, -0.1
+_NOWHERE, _RAMP_FROM_NOWHERE = 1e-5, 10.0
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
+# The search for a rate, where the one that was given diverges: steps of each trial, as a part of the training and at
+# least, and by how much a third of the rate must do better, as a part of the first loss.
+_TRIAL, _SHORTEST_TRIAL, _WORTH = 0.02, 10, 0.05
 _HELD_OUT_MEMORY, _FEW_PASSES = 0.6, 3
 
 _STATE = (
-    "log_factors", "ramp_steps", "_floor", "_ceilings", "_sums", "_held_out", "_peak", "_scheduled", "_decay_from",
-    "_last", "_next", "_origin",
+    "log_factors", "ramps", "ramp_steps", "trial_ends", "_best", "_chosen", "_floor", "_ceilings", "_sums", "_held_out",
+    "_peak", "_scheduled", "_decay_from", "_last", "_next", "_origin",
 )  # fmt: skip
 
 
@@ -222,6 +229,10 @@ class Rule:
         self.ramps = ramps and speed > 0
         self.log_factors = [0.0] * units
         self.ramp_steps = 0
+        self.trial_ends = math.inf
+        self._best = math.inf
+        self._chosen: list[float] = []
+        self._length = planned_steps if planned_steps < math.inf else _UNKNOWN
         self._every = every_n_steps
         self._speed = speed * _SPEED
         self._decays = decays and speed > 0 and planned_steps < math.inf
@@ -239,6 +250,8 @@ class Rule:
 
     def resize(self, units: int) -> None:
         """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
+        if self.is_searching:
+            self.log_factors, self.trial_ends = self._chosen or self.log_factors, math.inf
         for values, new in ((self.log_factors, 0.0), (self._ceilings, math.inf), (self._held_out, 0.0)):
             values[units:] = [new] * (units - len(values))
         self._sums[units:] = [[0.0, 0.0, 0.0] for _ in range(units - len(self._sums))]
@@ -253,22 +266,32 @@ class Rule:
 
     def is_ramping(self, step: int) -> bool:
         """Whether the rate may go on rising at once: it has since the last update, or it is too early to tell."""
-        return step < _FIRST_UPDATE or self.ramp_steps > self._last and step < _RAMP_STEPS
+        return step < _FIRST_UPDATE or self.ramp_steps > self._last and step < self._ramp_until
+
+    @property
+    def _ramp_until(self) -> float:
+        return _EARLY * self._length
 
     def see(self, step: int, measured: Iterable[Sequence[float]], unit: int = 0) -> None:
         """Measurements of a unit since the last call, each ``[<g, d>, <g, g>, <d, d>, <w, w>]``."""
         sums = self._sums[unit]
         for along, gradient, moved, weights in measured:
             found = cosine(along, gradient, moved)
-            if math.isnan(found):
-                continue
-            sums[0] += 1
-            sums[1] += found
-            sums[2] += found**2
-            hardly_moved = step - self._origin > 3 and step <= _RAMP_STEPS and moved < _STILL**2 * weights
-            if self.ramps and hardly_moved and sums[1] < _UNANIMOUS * sums[0]:
-                self.log_factors[unit] += math.log(_RAMP)
-                self.ramp_steps = step
+            if not math.isnan(found):
+                sums[0] += 1
+                sums[1] += found
+                sums[2] += found**2
+            if self.ramps and gradient > 0 and 3 < step - self._origin and step <= self._ramp_until:
+                self._ramp(step, math.sqrt(moved / weights) if weights > 0 else math.inf, unit)
+
+    def _ramp(self, step: int, moved: float, unit: int) -> None:
+        """Raise a rate at which nothing would ever happen. Where the dtype is too coarse, weights do not move at all."""
+        count, total, _ = self._sums[unit]
+        per_step = moved / min(step - self._origin, (step + 8) / 9)
+        nowhere = moved < _NOWHERE and (count == 0 or total < 0)
+        if per_step * self._length < _STILL and (nowhere or total < _UNANIMOUS * count):
+            self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere else _RAMP)
+            self.ramp_steps = step
 
     def evidence(self, unit: int = 0) -> tuple[float, float]:
         """The mean cosine since the last update and its standard error; NaN and 1 where nothing was measured."""
@@ -303,7 +326,7 @@ class Rule:
             elif passes > _FEW_PASSES:
                 mean = max(mean, -_MARGIN)
             means.append(mean)
-            if math.isnan(mean) or not is_level or self._decay_from < math.inf:
+            if math.isnan(mean) or not is_level or self._decay_from < math.inf or self.is_searching:
                 continue
             rise = min(1.0, max(0.0, (-mean - error - _MARGIN - _EARLY_MARGIN * early) / _FULL))
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
@@ -331,20 +354,67 @@ class Rule:
         left = max(0.0, (self.planned_steps - step) / (self.planned_steps - self._decay_from))
         return math.exp(self.log_factors[unit]) * left
 
-    def cut(self, step: int) -> float:
+    def cut(self, step: int, searches: bool = False) -> float:
         """The run was rolled back: cut the rates, by ten if it was lost at once, else by three.
+
+        A rate that had been raised comes back to the one that the user gave, at most. Where it is that one that failed,
+        it is the floor no longer.
+
+        Args:
+            step: Steps made so far.
+            searches: Whether nothing was ever learned, so that nothing is known of the right rate: then :meth:`tried`
+                goes on to a third of it as long as that does better.
 
         Returns:
             What they were divided by.
         """
+        before = list(self.log_factors)
         by = _CUT_AT_ONCE if step - self._origin <= _AT_ONCE else _CUT
-        for unit, value in enumerate(self.log_factors):
+        was_given = all(value <= 0 for value in before)
+        for unit, value in enumerate(before):
             self._ceilings[unit] = value - math.log(_BELOW)
-            self.log_factors[unit] = value - math.log(by)
+            lower = value - math.log(by)
+            self.log_factors[unit] = lower if was_given else max(lower, min(value, 0.0))
         self._floor = min(self._floor, *self.log_factors)
+        if self.is_searching or searches and was_given:
+            self._floor = -math.inf
+            self.trial_ends = step + self._trial
+        self._begin_anew(step)
+        return math.exp(max(b - a for b, a in zip(before, self.log_factors, strict=True)))
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether rates are being tried, after the one that was given diverged."""
+        return self.trial_ends < math.inf
+
+    @property
+    def _trial(self) -> int:
+        return max(_SHORTEST_TRIAL, math.ceil(_TRIAL * self._length))
+
+    def tried(self, step: int, loss: float, first: float) -> bool:
+        """A trial is over.
+
+        Args:
+            step: Steps made so far.
+            loss: The mean loss at its end.
+            first: The first loss of the training.
+
+        Returns:
+            Whether to go back to the snapshot and try a third of the rate; otherwise the best one is in force.
+        """
+        if not loss < self._best - _WORTH * abs(first):
+            self.log_factors = self._chosen or self.log_factors
+            self.trial_ends = self._best = math.inf
+            return False
+        self._best, self._chosen = loss, list(self.log_factors)
+        self.log_factors = [value - math.log(_CUT) for value in self.log_factors]
+        self.trial_ends = step + self._trial
+        self._begin_anew(step)
+        return True
+
+    def _begin_anew(self, step: int) -> None:
         self._sums = [[0.0, 0.0, 0.0] for _ in self.log_factors]
         self._origin = step
-        return by
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists of them."""

@@ -73,6 +73,10 @@ class LossWatch:
             self._lowest = self.mean
         return improved
 
+    def never_learned(self) -> bool:
+        """Whether losses rose from the start: the rate is wrong, not a batch."""
+        return self._lowest == math.inf and self.mean > self.first + _HIGH * abs(self.first)
+
     def forget(self) -> None:
         """The run was rolled back: what comes now is another training from the snapshot."""
         self._seen, self._high, self.is_suspicious = 0, 0, False

@@ -177,6 +177,7 @@ class Tuner:
         self.optimizer = optimizer
         self.rule = rule
         self.rates = AppliedRates(optimizer)
+        self._first_base = self.rates.base
         self.average = RunningAverage(optimizer)
         self.history: list[dict[str, Any]] = []
         self.held_out_error: HeldOutError | None = None
@@ -231,6 +232,8 @@ class Tuner:
         self.applied.note(self.steps, self.values_in_force())
         if self._guards and self._snapshot is None:
             self._snapshot = Snapshot(self._modules, self.optimizer)
+        if self.rule.ramps and self.rates.base != self._first_base:
+            self.rule.ramps = False  # somebody moves the rate, so it is a plan
         if self.rule.samples(self.steps):
             self.average.follow()
             sums = self._measure()
@@ -307,6 +310,16 @@ class Tuner:
             record = self._go_back_if_lost(compare or held_out)
             if record is not None:
                 return record
+        if self.steps >= self.rule.trial_ends:
+            if self.rule.tried(self.steps, self._watch.mean, self._watch.first):
+                return self._go_back(
+                    "The rate that was given diverged before anything was learned. So a third of the present one is "
+                    "tried from the same snapshot, as long as that learns more in as many steps."
+                )
+            self._apply()
+            divisor = math.exp(-self.rule.log_factors[0])
+            reason = f"the given rate diverged: it was divided by {divisor:.3g}, the best of those tried"
+            self.search_result = SearchResult(self.rates.applied[0], self.steps, reason)
         record = self._update(held_out, passes) if due else None
         if self.rule.is_decaying or self.rule.is_ramping(self.steps):
             self._apply()
@@ -345,7 +358,12 @@ class Tuner:
     def _reads_now(self) -> bool:
         """Whether to look at the numbers of the last steps, which makes an accelerator or other processes wait."""
         waits = _is_distributed() or any(value.device.type != "cpu" for value in self._losses[:1])
-        return not waits or self.steps <= 32 or self.steps % (self.steps // 32) == 0
+        return (
+            not waits
+            or self.steps <= 32
+            or self.steps % (self.steps // 32) == 0
+            or self.steps >= self.rule.trial_ends
+        )
 
     def _read(self) -> tuple[list[float], list[list[list[float]]]]:
         """Losses and measurements since the last time, with one transfer; losses are means over the processes."""
@@ -364,10 +382,11 @@ class Tuner:
         return numbers[: len(losses)], [rows[at : at + groups] for at in range(0, len(rows), groups)]
 
     def _update(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
-        if self._searches and self.search_result is None and not self.rule.is_ramping(self.steps):
+        looks = self._searches and not (self.rule.is_ramping(self.steps) or self.rule.is_searching)
+        if looks and self.search_result is None:
             self.search_result = self._end_of_search()
         found = self.learn(held_out, passes)
-        if self._guards and self._snapshot is not None and self._watch.has_improved():
+        if self._snapshot is not None and not self.rule.is_searching and self._watch.has_improved():
             self._snapshot.take()
         self._apply()
         return self._record({"training_loss": self._watch.mean, **found})
@@ -431,13 +450,8 @@ class Tuner:
             if not is_worse(before, now):
                 self._watch.unfounded()
                 return None
-        snapshot.restore()
-        self._measured, self._losses = [], []
-        self.average.restart(self.steps)
-        cut = self.rule.cut(self.steps)
-        self._watch.forget()
+        cut = self.rule.cut(self.steps, searches=self._watch.never_learned())
         self.rollbacks += 1
-        self._apply()
         note = (
             "The training had diverged. Weights and buffers were restored from the last good snapshot, the optimizer's "
             f"state starts afresh, and the learning rate was divided by {cut:g}."
@@ -447,6 +461,15 @@ class Tuner:
                 f" That was the {_MOST_ROLLBACKS}th time, and the last one: the learning rate is not what is wrong. "
                 "Look for broken batches or a loss that is not a number."
             )
+        return self._go_back(note)
+
+    def _go_back(self, note: str) -> dict[str, Any]:
+        assert self._snapshot is not None
+        self._snapshot.restore()
+        self._measured, self._losses = [], []
+        self.average.restart(self.steps)
+        self._watch.forget()
+        self._apply()
         return self._record({}, "rolled_back", note)
 
     def _loss(self, compare: HeldOutGradient, number: int, before: Callable[[], None] | None) -> float:
@@ -527,6 +550,7 @@ class Tuner:
         # The optimizer's saved groups show the applied rates.
         self.rates.rebase(state["base_rates"])
         self._apply()
+        self._first_base = self.rates.base
 
     def close(self) -> None:
         """Leave the optimizer: no hooks, plain numbers in the groups, at the applied rates."""

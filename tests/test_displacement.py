@@ -20,7 +20,8 @@ Parameters = list[Tensor]
 
 # The constants of the rule, as the documentation has them.
 FIRST, RATIO, SPEED, MARGIN, FULL, EARLY_MARGIN, EARLY = 10.0, 1.2, 2.0, 0.05, 0.2, 0.3, 0.2
-DECAY_AT, PROGRESS, STILL, RAMP, RAMP_STEPS, UNANIMOUS, MEMORY, PASSES = 0.85, -0.02, 5e-4, 2.0, 60, -0.1, 0.6, 3
+DECAY_AT, PROGRESS, MEMORY, PASSES, SAMPLES = 0.85, -0.02, 0.6, 3, 64
+STILL, RAMP, UNANIMOUS, NOWHERE, FROM_NOWHERE = 0.3, 2.0, -0.1, 1e-5, 10.0
 
 
 class SlowTwin:
@@ -54,7 +55,7 @@ class SlowTwin:
         self.average: dict[Tensor, Tensor] = {}
 
     def sampled(self, t: int) -> bool:
-        return t % max(1, t // 128) == 0
+        return t % max(1, t // SAMPLES) == 0
 
     def sums(self, unit: int) -> tuple[float, float, float, float]:
         along = gradients = moved = weights = 0.0
@@ -81,10 +82,15 @@ class SlowTwin:
             found = self.cosine(unit)
             if not math.isnan(found):
                 cosines.append(found)
-                _, _, moved, weights = self.sums(unit)
-                still = 3 < self.t + 1 <= RAMP_STEPS and moved < STILL**2 * weights
-                if self.ramps and still and sum(cosines) / len(cosines) < UNANIMOUS:
-                    self.log[unit] += math.log(RAMP)
+            _, gradient, moved, weights = self.sums(unit)
+            if not self.ramps or not gradient or not 3 < self.t + 1 <= EARLY * self.planned:
+                continue
+            moved = math.sqrt(moved / weights)
+            nowhere = moved < NOWHERE and (not cosines or sum(cosines) < 0)
+            if moved / min(self.t + 1, (self.t + 9) / 9) * self.planned < STILL and (
+                nowhere or sum(cosines) / len(cosines) < UNANIMOUS
+            ):
+                self.log[unit] += math.log(FROM_NOWHERE if nowhere else RAMP)
 
     def after_step(self) -> None:
         self.t += 1

@@ -56,7 +56,8 @@ class Rule(LeaveAlone):
     speed: float = 2.0  # of the logarithm of the rate in that of time, where the evidence is full
     full: float = 0.2  # cosine beyond the margin at which the rise is fastest
     margin: float = 0.05  # a cosine that is no reason to rise
-    early: float = 0.3  # the same, in addition, at the start; it falls to nothing by a fifth of the planned steps
+    early: float = 0.3  # the same, in addition, at the start; it falls to nothing until that is over
+    start: float = 0.2  # this part of the planned steps
     ratio: float = 1.2  # of the times of two updates
     first: float = 10.0
     still: float = 0.3  # a rate that would move the weights by less of their norm in the whole training is absurdly low
@@ -120,7 +121,7 @@ class Rule(LeaveAlone):
             per_step = moved / (self.age + 1).clamp(max=(t + 9) / 9)
             absurd = (per_step * steps < self.still) & (self.age > 2) & ~self.scheduled
             absurd &= self.sum < torch.where(moved < 1e-5, 0.0, -0.1) * self.count
-            if t < max(60, steps / 10):
+            if t < self.start * steps:
                 step = torch.where(moved < 1e-5, math.log(10), math.log(2))
                 self.log = torch.where(absurd, self.log + step, self.log)
         self.age = torch.where(lost, 0.0, self.age + 1)
@@ -133,7 +134,7 @@ class Rule(LeaveAlone):
         mean = self.sum / n
         error = torch.where(n < 3, 1.0, ((self.squares / n - mean.square()).clamp(min=0) / n).sqrt())
         mean = self.evidence(t, mean, held_cosine)
-        margin = self.margin + self.early * max(0.0, 1 - 5 * t / self.steps)
+        margin = self.margin + self.early * max(0.0, 1 - t / (self.start * self.steps))
         rise = ((-mean - error - margin) / self.full).clamp(0, 1) * self.may_rise(t)
         fall = ((mean - error) / self.full).clamp(0, 1)  # back towards the user's rate, not below
         log = self.log + self.speed * math.log(self.ratio) * (rise - fall)
