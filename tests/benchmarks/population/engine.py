@@ -98,7 +98,7 @@ class Task:
         tests = ([t[n + held : n + held + 1000] for t in s] for s in sets)
         self.test = [torch.stack(parts) for parts in zip(*tests, strict=True)]
         self.initial = torch.stack([torch.cat([p.flatten() for p in family.start(g)]) for g in generators])
-        if family.noise and family.name != "dropout":
+        if family.noise and not family.noise_in_training_only:
             for part in (self.held, self.test):
                 part.append(torch.stack([family.noise(g, part[0].shape[1]) for g in generators]))
         if family.pretrain:

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 from engine import Runs, Task, train
-from families import FAMILIES, halves
+from families import halves
 from rule import RULES
 
 FINEST = {"sgd": -3.5, "adam": -4.5, "adamw": -4.5, "muon": -4.0}  # log10 of the first of eleven rates
 TEXTBOOK = {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3, "muon": 0.02}
+FAMILIES = {family.name: family for part in ("both", "unseen") for family in halves(part)}
 STARTS = ("x1", "x0.1", "x0.3", "x3", "textbook", "1e-6", "10", "cosine")
 COLUMNS = ("family", "optimizer", "steps", "rule", "start", "seed", "last", "averaged", "chosen", "factor")
 Key = tuple[str, str, int, str]
@@ -148,7 +149,7 @@ def report(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--half", default="choosing", choices=("choosing", "judging", "both"))
+    parser.add_argument("--half", default="choosing", choices=("choosing", "judging", "both", "unseen"))
     parser.add_argument("--families", default="", help="only these, by name")
     parser.add_argument("--lengths", default="100,300,1000")
     parser.add_argument("--rules", default="none")
