@@ -187,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--half", default="choosing", choices=("choosing", "judging", "both", "unseen"))
     parser.add_argument("--families", default="", help="only these, by name")
+    parser.add_argument("--optimizers", default="sgd,adam,adamw,muon", help="only these")
     parser.add_argument("--lengths", default="100,300,1000")
     parser.add_argument("--rules", default="none")
     parser.add_argument("--seeds", type=int, default=2)
@@ -202,7 +203,8 @@ def main() -> None:
     done = load(arguments.results)
     only = arguments.families.split(",") if arguments.families else None
     families = [f for f in halves(arguments.half) if only is None or f.name in only]
-    wanted = [(f.name, o, int(n)) for n in arguments.lengths.split(",") for f in families for o in f.optimizers]
+    lengths, optimizers = map(int, arguments.lengths.split(",")), arguments.optimizers.split(",")
+    wanted = [(f.name, o, n) for n in lengths for f in families for o in f.optimizers if o in optimizers]
     for family, optimizer, steps in wanted if not arguments.report else ():
         grid = (family, optimizer, steps, "grid")
         missing = [r for r in rules if defined(r, optimizer) and (family, optimizer, steps, r) not in done]
