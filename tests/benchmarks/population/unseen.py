@@ -279,7 +279,7 @@ UNSEEN: dict[str, Family] = {
             contexts,
             mlp_shapes(8, 24, 5),
             policy,
-            32,
+            128,
             6000,
             noise=drawn(6),
             noise_in_training_only=True,
