@@ -169,6 +169,10 @@ def table(
     against: str,
 ) -> None:
     """Median / 90 % / lost, a table for each length."""
+
+    def short(value: float) -> str:
+        return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
     for steps in dict.fromkeys(n for *_, n in wanted):
         print(f"\n| {steps} steps | pairs | {' | '.join(STARTS)} |\n|{'---|' * (len(STARTS) + 2)}")
         for rule in rules:
@@ -178,7 +182,7 @@ def table(
                 ordered = sorted(v for p, v in pairs if p["start"] == start)
                 if ordered:
                     high, lost = ordered[int(0.9 * len(ordered))], sum(v >= 10 for v in ordered)
-                    cells.append(f"{statistics.median(ordered):.2f} / {high:.2f} / {lost}")
+                    cells.append(f"{short(statistics.median(ordered))} / {short(high)} / {lost}")
             if cells:
                 print(f"| {rule} | {len(pairs) // len(STARTS)} | {' | '.join(cells)} |")
 
