@@ -18,6 +18,7 @@ from families import (
     digits_only,
     drawn,
     each_token,
+    label_noise,
     mlp,
     mlp_shapes,
     randn,
@@ -48,9 +49,10 @@ def transformer(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
 
 
 def copies(g: torch.Generator) -> tuple[Tensor, ...]:
-    """Three symbols, two blanks, and three blanks at which the symbols are to be repeated."""
-    symbols = torch.randint(4, (4000, 3), generator=g)
-    return F.one_hot(torch.cat([symbols, torch.full((4000, 5), 4)], 1), 5).float(), symbols
+    """Three symbols, two blanks, and three blanks at which they are to be repeated (one in six is another one)."""
+    symbols, others = torch.randint(4, (2, 4000, 3), generator=g)
+    seen = F.one_hot(torch.cat([symbols, torch.full((4000, 5), 4)], 1), 5).float()
+    return seen, torch.where(torch.rand(4000, 3, generator=g) < 0.17, others, symbols)
 
 
 def gru(p: list[Tensor], b: tuple[Tensor, ...]) -> Tensor:
@@ -265,12 +267,12 @@ UNSEEN: dict[str, Family] = {
         ),
         Family(
             "adapters",
-            digits_only(range(5, 10), 800),
+            label_noise(digits_only(range(5, 10)), 0.1, 5),
             ((64, 4), (128,), (32, 4), (128,), (32, 5), (5,)),
             adapters,
             8,
-            250,
-            150,
+            400,
+            200,
             optimizers=SW,
         ),
         Family("boundary-value", collocation, mlp_shapes(1, 24, 24, 1), boundary_value, 64, 8000, optimizers=AM),
@@ -299,11 +301,11 @@ UNSEEN: dict[str, Family] = {
         Family("rare-features", rare_features, mlp_shapes(200, 1), logistic, 4, 8500, optimizers=SW),
         Family(
             "deep-residual",
-            spirals,
+            label_noise(spirals, 0.1, 2),
             ((2, 16), (16,), *(((16, 16), (16,), (16, 16), (16,)) * 8), (16, 2), (2,)),
             skip_init,
             32,
-            1000,
+            1500,
             optimizers=SM,
         ),
     )
