@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from families import Family
+from opponents import Opponent, Step
 from rule import LeaveAlone
 from torch import Tensor
 
@@ -98,7 +99,7 @@ class Task:
         tests = ([t[n + held : n + held + 1000] for t in s] for s in sets)
         self.test = [torch.stack(parts) for parts in zip(*tests, strict=True)]
         self.initial = torch.stack([torch.cat([p.flatten() for p in family.start(g)]) for g in generators])
-        if family.noise and family.name != "dropout":
+        if family.noise and not family.noise_in_training_only:
             for part in (self.held, self.test):
                 part.append(torch.stack([family.noise(g, part[0].shape[1]) for g in generators]))
         if family.pretrain:
@@ -145,6 +146,14 @@ def angle(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
 
 
+def returned(weights: Tensor, others: Sequence[tuple[Opponent, Tensor]]) -> Tensor:
+    """What is evaluated; some methods train other weights than they return."""
+    weights = weights.clone()
+    for rule, index in others:
+        weights[index] = rule.returned(weights[index])
+    return weights
+
+
 def train(task: Task, optimizer: str, steps: int, runs: Runs) -> dict[str, Tensor]:
     """Test losses of the last, the averaged and the chosen weights, each of shape (seeds, runs)."""
     family, seeds, each = task.family, task.seeds, len(runs.rates)
@@ -160,6 +169,9 @@ def train(task: Task, optimizer: str, steps: int, runs: Runs) -> dict[str, Tenso
     passes = steps * order.shape[2] / task.train[0].shape[1]
     for rule, index in mine:
         rule.begin(len(index), steps, cosine[index], passes)
+        if isinstance(rule, Opponent):
+            rule.prepare(optimizer, weights[index], WEIGHT_DECAY, not family.nats)
+    others = [(rule, index) for rule, index in mine if isinstance(rule, Opponent)]
     factor = torch.ones(len(weights))
     asked = [rule.times() for rule, _ in mine]
     look = max(1, steps // LOOKS)
@@ -196,17 +208,21 @@ def train(task: Task, optimizer: str, steps: int, runs: Runs) -> dict[str, Tenso
                 weights[back], average[back], gradient[back] = start[back], start[back], 0.0
                 state.put_back(back)
             factor[index] = rule.factor
-        weights = weights - (base * shape * factor)[:, None] * state.direction(gradient, weights)
+        direction = state.direction(gradient, weights)
+        step = (base * shape * factor)[:, None] * direction
+        for rule, index in others:
+            step[index] = rule.step(Step(*(x[index] for x in (weights, gradient, loss, direction, base, shape))))
+        weights = weights - step
         if sampled:
             weight = torch.full((len(weights),), min(1.0, stride * 9 / (t + 9)))
             for rule, index in mine:
                 weight[index] = rule.weight(t, stride)
-            average = average + weight[:, None] * (weights - average)
+            average = average + weight[:, None] * (returned(weights, others) - average)
         if (t + 1) % look == 0:
             now = task.losses(average, task.held)
             better = now < lowest
             chosen = torch.where(better[:, None], average, chosen)
             lowest = torch.where(better, now, lowest)
-    found = {"last": weights, "averaged": average, "chosen": chosen}
+    found = {"last": returned(weights, others), "averaged": average, "chosen": chosen}
     tested = {name: task.losses(w, task.test).nan_to_num(math.inf, math.inf) for name, w in found.items()}
     return {name: values.reshape(seeds, each) for name, values in (tested | {"factor": factor}).items()}

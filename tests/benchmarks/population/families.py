@@ -49,6 +49,7 @@ class Family:
     held: int = 256
     gain: float = 1.0  # of the initial weights
     noise: Callable[[torch.Generator, int], Tensor] | None = None
+    noise_in_training_only: bool = False
     nats: bool = False  # a loss that crosses zero: compared by exp(difference), not by a quotient
     pretrain: Callable[[torch.Generator], tuple[Tensor, ...]] | None = None
     optimizers: tuple[str, ...] = field(default=("sgd", "adam"))
@@ -565,7 +566,17 @@ FAMILIES: dict[str, Family] = {
             pretrain=teacher(10, 6, 0.0),
             optimizers=SA,
         ),
-        Family("dropout", bundled("digits"), mlp_shapes(64, 48, 10), dropout, 32, 600, noise=drawn(48), optimizers=SA),
+        Family(
+            "dropout",
+            bundled("digits"),
+            mlp_shapes(64, 48, 10),
+            dropout,
+            32,
+            600,
+            noise=drawn(48),
+            noise_in_training_only=True,
+            optimizers=SA,
+        ),
         Family("poisson", counts, mlp_shapes(12, 16, 1), poisson, 16, 2000, nats=True, optimizers=SW),
         Family("hinge", clusters(16, 2, 2.0), mlp_shapes(16, 1), hinge, 8, 2000, optimizers=SA),
         Family("convolution", motifs, ((7, 12), (12,), (12, 4), (4,)), convolution, 32, 2500, optimizers=SW),
@@ -585,6 +596,11 @@ FAMILIES: dict[str, Family] = {
 
 
 def halves(name: str) -> Iterator[Family]:
-    """The families of a half, or of both."""
+    """The families of a half, of both, or those that nothing was chosen on."""
+    if name == "unseen":
+        from unseen import UNSEEN  # built from the parts above
+
+        yield from UNSEEN.values()
+        return
     for family in {"choosing": CHOOSING, "judging": JUDGING, "both": CHOOSING + JUDGING}[name]:
         yield FAMILIES[family]

@@ -1,12 +1,14 @@
 """Rules of the learning rate on a population of tasks, in lockstep on one core.
 
     python tests/benchmarks/population/run.py --half choosing --lengths 100,300,1000 --rules none,old [--seeds 2]
-        [--results population.csv] [--report]
+        [--results population.csv] [--report] [--column chosen --against cosine]
 
 Baselines (eleven constant rates, eleven cosines) are run where they are missing, then every rule from every start.
 Finished blocks are rows of the results and are not run again. Everything is judged by test loss, the mean over seeds,
 against the best of the eleven constant rates by the same test loss; a difference of a thousandth of the initial loss
-counts as none, and losses that cross zero are compared by exp(difference).
+counts as none, and losses that cross zero are compared by exp(difference). Rules are those of ``rule.py`` and the other
+methods of ``opponents.py``. With ``--column`` all return the average of the weights, or that average at the lowest of
+20 held-out losses; ``--against cosine`` compares with the best of eleven cosines whatever the start.
 """
 
 from __future__ import annotations
@@ -20,14 +22,22 @@ from pathlib import Path
 
 import torch
 from engine import Runs, Task, train
-from families import FAMILIES, halves
-from rule import RULES
+from families import halves
+from opponents import OPPONENTS, Opponent
+from rule import RULES, LeaveAlone
 
 FINEST = {"sgd": -3.5, "adam": -4.5, "adamw": -4.5, "muon": -4.0}  # log10 of the first of eleven rates
 TEXTBOOK = {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3, "muon": 0.02}
+FAMILIES = {family.name: family for part in ("both", "unseen") for family in halves(part)}
 STARTS = ("x1", "x0.1", "x0.3", "x3", "textbook", "1e-6", "10", "cosine")
 COLUMNS = ("family", "optimizer", "steps", "rule", "start", "seed", "last", "averaged", "chosen", "factor")
 Key = tuple[str, str, int, str]
+
+
+def defined(rule: str, optimizer: str) -> bool:
+    """Whether the rule or opponent is defined for the optimizer."""
+    kind: type[LeaveAlone] = (RULES | OPPONENTS)[rule]
+    return not issubclass(kind, Opponent) or optimizer in kind.optimizers
 
 
 def load(path: Path) -> dict[Key, list[dict[str, str]]]:
@@ -95,26 +105,31 @@ def line(name: str, ratios: list[float]) -> str:
 
 
 def collect(
-    done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, int]], rule: str, column: str = "last"
+    done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, int]], rule: str, column: str, against: str
 ) -> list[tuple[dict[str, str], float]]:
-    """Every pair of task and start with its ratio."""
+    """Every pair of task and start with its ratio; ``against`` "" takes the cosines where the start is one."""
     pairs = []
     for family, optimizer, steps in wanted:
         base, block = done.get((family, optimizer, steps, "grid")), done.get((family, optimizer, steps, rule))
         if base and block:
             for start in STARTS:
-                reference = best(base, "cosine" if start == "cosine" else "constant", column)[1]
+                reference = best(base, against or ("cosine" if start == "cosine" else "constant"), column)[1]
                 value = ratio(FAMILIES[family].nats, mean(block, start, column), reference, mean(base, "initial"))
                 pairs.append(({"family": family, "optimizer": optimizer, "steps": str(steps), "start": start}, value))
     return pairs
 
 
 def report(
-    done: dict[Key, list[dict[str, str]]], wanted: list[tuple[str, str, int]], rules: list[str], worst: int
+    done: dict[Key, list[dict[str, str]]],
+    wanted: list[tuple[str, str, int]],
+    rules: list[str],
+    column: str,
+    against: str,
+    worst: int,
 ) -> None:
     print(f"{'':34s} {'n':>4s} {'median':>6s} {'mean':>6s} {'90 %':>7s} {'worst':>8s} {'<=1.03':>6s} lost")
     for rule in rules:
-        pairs = collect(done, wanted, rule)
+        pairs = collect(done, wanted, rule, column, against)
         if not pairs:
             continue
         groups = {
@@ -146,15 +161,45 @@ def report(
             print(f"    {v:7.3f} {p['family']} {p['optimizer']} {p['steps']} {p['start']}")
 
 
+def table(
+    done: dict[Key, list[dict[str, str]]],
+    wanted: list[tuple[str, str, int]],
+    rules: list[str],
+    column: str,
+    against: str,
+) -> None:
+    """Median / 90 % / lost, a table for each length."""
+
+    def short(value: float) -> str:
+        return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+    for steps in dict.fromkeys(n for *_, n in wanted):
+        print(f"\n| {steps} steps | pairs | {' | '.join(STARTS)} |\n|{'---|' * (len(STARTS) + 2)}")
+        for rule in rules:
+            pairs = collect(done, [w for w in wanted if w[2] == steps], rule, column, against)
+            cells = []
+            for start in STARTS:
+                ordered = sorted(v for p, v in pairs if p["start"] == start)
+                if ordered:
+                    high, lost = ordered[int(0.9 * len(ordered))], sum(v >= 10 for v in ordered)
+                    cells.append(f"{short(statistics.median(ordered))} / {short(high)} / {lost}")
+            if cells:
+                print(f"| {rule} | {len(pairs) // len(STARTS)} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--half", default="choosing", choices=("choosing", "judging", "both"))
+    parser.add_argument("--half", default="choosing", choices=("choosing", "judging", "both", "unseen"))
     parser.add_argument("--families", default="", help="only these, by name")
+    parser.add_argument("--optimizers", default="sgd,adam,adamw,muon", help="only these")
     parser.add_argument("--lengths", default="100,300,1000")
     parser.add_argument("--rules", default="none")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--results", type=Path, default=Path("population.csv"))
     parser.add_argument("--report", action="store_true", help="print only")
+    parser.add_argument("--column", default="last", choices=COLUMNS[6:9], help="which weights are returned by all")
+    parser.add_argument("--against", default="", choices=("", "constant", "cosine"), help="the best of these, only")
+    parser.add_argument("--table", action="store_true", help="as Markdown, a row for each rule")
     parser.add_argument("--worst", type=int, default=12, help="how many of the worst pairs are named")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -162,10 +207,11 @@ def main() -> None:
     done = load(arguments.results)
     only = arguments.families.split(",") if arguments.families else None
     families = [f for f in halves(arguments.half) if only is None or f.name in only]
-    wanted = [(f.name, o, int(n)) for n in arguments.lengths.split(",") for f in families for o in f.optimizers]
+    lengths, optimizers = map(int, arguments.lengths.split(",")), arguments.optimizers.split(",")
+    wanted = [(f.name, o, n) for n in lengths for f in families for o in f.optimizers if o in optimizers]
     for family, optimizer, steps in wanted if not arguments.report else ():
         grid = (family, optimizer, steps, "grid")
-        missing = [rule for rule in rules if (family, optimizer, steps, rule) not in done]
+        missing = [r for r in rules if defined(r, optimizer) and (family, optimizer, steps, r) not in done]
         if grid in done and not missing:
             continue
         task = Task(FAMILIES[family], arguments.seeds)
@@ -175,7 +221,7 @@ def main() -> None:
             fresh += done[grid]
         if missing:
             rates, each = start_rates(done[grid], optimizer), len(STARTS)
-            parts = [(RULES[rule](), slice(i * each, (i + 1) * each)) for i, rule in enumerate(missing)]
+            parts = [((RULES | OPPONENTS)[rule](), slice(i * each, (i + 1) * each)) for i, rule in enumerate(missing)]
             cosine = (torch.arange(each) == each - 1).repeat(len(missing))
             found = train(task, optimizer, steps, Runs(rates.repeat(len(missing)), cosine, parts))
             for i, rule in enumerate(missing):
@@ -188,7 +234,10 @@ def main() -> None:
             if header:
                 writer.writeheader()
             writer.writerows(fresh)
-    report(done, wanted, rules, arguments.worst)
+    if arguments.table:
+        table(done, wanted, rules, arguments.column, arguments.against)
+    else:
+        report(done, wanted, rules, arguments.column, arguments.against, arguments.worst)
 
 
 if __name__ == "__main__":
