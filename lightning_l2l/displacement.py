@@ -275,17 +275,20 @@ class Rule:
     def see(self, step: int, measured: Iterable[Sequence[float]], unit: int = 0) -> None:
         """Measurements of a unit since the last call, each ``[<g, d>, <g, g>, <d, d>, <w, w>]``."""
         sums = self._sums[unit]
-        for along, gradient, moved, weights in measured:
-            found = cosine(along, gradient, moved)
+        last: Sequence[float] = (0.0, 0.0, 0.0, 0.0)
+        for last in measured:
+            found = cosine(*last[:3])
             if not math.isnan(found):
                 sums[0] += 1
                 sums[1] += found
                 sums[2] += found**2
-            if self.ramps and gradient > 0 and 3 < step - self._origin and step <= self._ramp_until:
-                self._ramp(step, math.sqrt(moved / weights) if weights > 0 else math.inf, unit)
+        _, gradient, moved, weights = last
+        is_early = step - self._origin > 3 and step <= self._ramp_until
+        if self.ramps and is_early and gradient > 0 and weights > 0:
+            self._ramp(step, math.sqrt(moved / weights), unit)
 
     def _ramp(self, step: int, moved: float, unit: int) -> None:
-        """Raise a rate at which nothing would ever happen. Where the dtype is too coarse, weights do not move at all."""
+        """Raise a rate at which nothing would ever happen; where the dtype is too coarse, no weight moves at all."""
         count, total, _ = self._sums[unit]
         per_step = moved / min(step - self._origin, (step + 8) / 9)
         nowhere = moved < _NOWHERE and (count == 0 or total < 0)

@@ -359,10 +359,7 @@ class Tuner:
         """Whether to look at the numbers of the last steps, which makes an accelerator or other processes wait."""
         waits = _is_distributed() or any(value.device.type != "cpu" for value in self._losses[:1])
         return (
-            not waits
-            or self.steps <= 32
-            or self.steps % (self.steps // 32) == 0
-            or self.steps >= self.rule.trial_ends
+            not waits or self.steps <= 32 or self.steps % (self.steps // 32) == 0 or self.steps >= self.rule.trial_ends
         )
 
     def _read(self) -> tuple[list[float], list[list[list[float]]]]:

@@ -176,13 +176,13 @@ def rates_of_a_plain_loop() -> list[list[float]]:
     net, loader = start()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
     tuner = Displacement().attach(optimizer, planned_steps=EPOCHS * len(loader), modules=[net])
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
         for batch in loader:
             optimizer.zero_grad()
             loss = functional.mse_loss(net(batch[0]), batch[1])
             loss.backward()
             optimizer.step()
-            tuner.step(loss)
+            tuner.step(loss, passes=epoch)
     return [record["learning_rates"] for record in tuner.history]
 
 
@@ -191,19 +191,19 @@ def rates_of_fabric() -> list[list[float]]:
     fabric = Fabric(accelerator="cpu", devices=1)
     model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9))
     tuner = Displacement().attach(optimizer, planned_steps=EPOCHS * len(loader), modules=[net])
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
         for batch in fabric.setup_dataloaders(loader):
             optimizer.zero_grad()
             loss = functional.mse_loss(model(batch[0]), batch[1])
             fabric.backward(loss)
             optimizer.step()
-            tuner.step(loss)
+            tuner.step(loss, passes=epoch)
     return [record["learning_rates"] for record in tuner.history]
 
 
 def rates_of_lightning(module: pl.LightningModule) -> list[list[float]]:
     module.net, loader = start()
-    callback = LearnToLearn()
+    callback = LearnToLearn(meta_data="train")
     fit(module, callback, train=loader, max_epochs=EPOCHS)
     return [record["learning_rates"] for record in callback.history]
 
@@ -288,7 +288,7 @@ class Slow(Regression):
 def test_another_model_in_the_same_trainer_begins_anew() -> None:
     callback = LearnToLearn()
     trainer = fit(Slow, callback, max_epochs=4)
-    learned = callback.learning_rates[0]
+    learned = max(record["learning_rates"][0] for record in callback.history)
     other = Regression()
     trainer.fit_loop.max_epochs = 8
     trainer.fit(other, batches(shuffle=True), batches(64, seed=5))

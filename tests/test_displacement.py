@@ -283,6 +283,35 @@ def test_a_rate_that_hardly_moves_the_weights_rises_at_once() -> None:
     assert tuner.search_result.steps > 0 and "multiplied by" in tuner.search_result.reason
 
 
+def test_weights_that_do_not_move_at_all_in_their_precision_are_no_dead_end() -> None:
+    weight = nn.Parameter(torch.full((8,), 2.0))  # float32: steps of less than 1e-7 are none
+    optimizer = torch.optim.Adam([weight], lr=1e-9)
+    tuner = Displacement().attach(optimizer, planned_steps=200)
+    for step in range(200):
+        optimizer.zero_grad()
+        loss = 0.5 * (weight - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        if step == 3:
+            assert weight.eq(2.0).all()
+        tuner.step(loss)
+    assert loss.item() < 1e-2
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-9])
+def test_where_nothing_is_to_be_learned_no_rate_rises(rate: float) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=rate)
+    tuner = Displacement().attach(optimizer, planned_steps=100)
+    for step in range(100):
+        if rate == 0:  # a warm-up by hand, from nothing
+            optimizer.param_groups[0]["lr"] = 1e-4 * step
+        weight.grad = torch.full((3,), 1.0 if rate == 0 else 0.0)
+        optimizer.step()
+        tuner.step()
+    assert max(record["learning_rates"][0] / max(record["base_rates"][0], 1e-9) for record in tuner.history) < 3
+
+
 def test_maximizing_is_minimizing_the_negative() -> None:
     found = []
     for sign, options in ((1.0, {}), (-1.0, {"maximize": True})):

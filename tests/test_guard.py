@@ -84,6 +84,24 @@ def test_a_run_at_a_rate_of_ten_recovers(trainer: Any, case: str) -> None:
 
 
 @pytest.mark.filterwarnings(LOST)
+@pytest.mark.parametrize("make", [sgd(10.0, momentum=0.9), ADAM(10.0)], ids=["SGD", "Adam"])
+def test_a_rate_that_diverges_at_once_is_searched_below(trainer: Any, make: Any) -> None:
+    class Deep(Network):
+        def make_net(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    module = Deep(make)
+    callback = fit(trainer, module, max_epochs=40)
+    found = callback.search_result
+    assert "diverged" in found.reason and found.learning_rate < 1
+    tried = [r for r in callback.history if "a third of the present one" in r["diagnostics"]["note"]]
+    assert tried and found.steps > tried[-1]["step"]
+    rates = {record["step"]: record["learning_rates"][0] for record in callback.history}
+    assert found.learning_rate == pytest.approx(3 * rates[tried[-1]["step"]])  # one more third did no better
+    assert final_loss(module) < 0.5 * math.log(CLASSES)
+
+
+@pytest.mark.filterwarnings(LOST)
 def test_the_rate_of_a_schedule_is_cut_by_a_factor(trainer: Any) -> None:
     schedule = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.99)  # noqa: E731
     module = BrokenBatch()
