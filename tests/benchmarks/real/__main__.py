@@ -42,6 +42,7 @@ ROWS: dict[str, tuple[str, tuple[float, ...], bool]] = {
     "greedy": ("GreedyLR", (1.0, CARELESS), False),
     "schedule-free": ("schedule-free", (1.0, 3.0), False),
     "prodigy": ("Prodigy", (1.0,), False),
+    "unroll": ("Unroll", (1.0, CARELESS), False),
 }
 KINDS = {"int": int, "float": float, "str": str, "bool": lambda text: text == "True"}
 

@@ -33,16 +33,16 @@ class Found:
         return self.runs.get((method, factor, schedule), {})
 
     def best(self, method: str = "plain") -> tuple[float, Seeds]:
-        """Of all constant rates of a method, by the mean test measure; only those that all seeds have had.
+        """Of all constant rates of a method, by the mean test measure over the seeds that all of them have had.
 
         Nothing while the grid has not been run.
         """
         rates = {key[1]: seeds for key, seeds in self.runs.items() if key[0] == method and not key[2]}
-        if method == "plain" and len(rates) < 4:
+        if not rates or method == "plain" and len(rates) < 4:
             return math.nan, {}
-        most = max(map(len, rates.values()), default=0)
-        full = {factor: seeds for factor, seeds in rates.items() if len(seeds) == most}
-        return min(full.items(), key=lambda item: self.task.sign * value(item[1]), default=(math.nan, {}))
+        common = set.intersection(*(set(seeds) for seeds in rates.values()))
+        full = {factor: {seed: seeds[seed] for seed in common} for factor, seeds in rates.items()}
+        return min(full.items(), key=lambda item: self.task.sign * value(item[1]))
 
     def show(self, seeds: Seeds, factor: float | None = None) -> str:
         """The mean test measure, in per cent if it is an accuracy."""
@@ -96,11 +96,13 @@ def results_table(found: list[Found]) -> str:
                 one.show(one.at("GreedyLR", USUAL)),
                 one.show(one.best("schedule-free")[1]),
                 one.show(one.at("Prodigy", USUAL)),
+                one.show(one.at("Unroll", CARELESS)),
+                one.show(one.at("Unroll", USUAL)),
             ]
         )
     return rows(
         "task | careless | + L2L | usual | + L2L | schedule | + L2L | best of grid | GreedyLR, careless "
-        "| GreedyLR, usual | schedule-free | Prodigy",
+        "| GreedyLR, usual | schedule-free | Prodigy | Unroll, careless | Unroll, usual",
         lines,
     )
 
@@ -170,10 +172,12 @@ def notes(results: Results) -> str:
 def write_page(results: Results, times: Results, page: Path | None) -> str:
     """Between its markers; returns what is written."""
     found = [Found(results, task) for task in TASKS if any(run.task == task for run in results)]
-    seeds = len({run.seed for run in results})
+    seeds = len({run.seed for run in results if run.method in ("plain", "LearnToLearn")})
+    few = len({run.seed for run in results if run.method not in ("plain", "LearnToLearn")})
     text = "\n\n".join(
         [
-            f"Means over {seeds} seeds, test data after the last step. Of losses less is better, of the others more.",
+            f"Test data after the last step; means over as many seeds as were run, up to {seeds} for the usual rate, the "
+            f"schedule and LearnToLearn, up to {few} for the opponents. Of losses less is better, of the others more.",
             results_table(found),
             "The same runs at their best validation, which is what a `ModelCheckpoint` keeps:",
             choice_table(found),

@@ -16,7 +16,7 @@ from learner import Learner, Optimizer, Task, size
 from tasks import TASKS
 from torch.utils.data import DataLoader
 
-from lightning_l2l import LearnToLearn
+from lightning_l2l import LearnToLearn, Unroll
 
 LOOKS = 10  # validations of a run
 
@@ -171,6 +171,7 @@ class Method:
 METHODS = {
     "plain": Method(),
     "LearnToLearn": Method(lambda: [LearnToLearn()]),
+    "Unroll": Method(lambda: [LearnToLearn(Unroll(steps=5))], unsuited=("gan", "sparse", "minilm", "lora")),
     "GreedyLR": Method(lambda: [Greedy()], unsuited=("gan",)),
     "schedule-free": Method(lambda: [ScheduleFreeModes()], schedule_free, unsuited=("gan", "sparse")),
     "Prodigy": Method(optimizer=prodigy, unsuited=("gan", "sparse", "resnet")),
