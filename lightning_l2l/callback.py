@@ -63,9 +63,9 @@ class LearnToLearn(pl.Callback):
         held_out_loss: ``held_out_loss(module, batch)`` returns the loss that counts, where ``training_step`` is not the
             measure (self-supervised training, detection, sequence to sequence).
         meta_learning_rate: How fast the logarithm of a rate moves, as a multiple of the default; 0 only observes.
-        initial_search: Look for a better rate in the first steps where the given one is clearly too small.
+        initial_search: Let a rate that hardly moves the weights rise fast in the first fifth of the training.
         divergence_guard: When the training itself is lost, take weights and buffers back to the last good snapshot and
-            cut the rate.
+            cut the rate; where it diverged from the start, look for one below it.
         seed: Seed of everything that the callback draws; it never touches the global random numbers.
 
     Attributes:
@@ -73,7 +73,7 @@ class LearnToLearn(pl.Callback):
         history: One record for each update: ``"step"``, ``"learning_rates"``, ``"cosine"``, ..., ``"diagnostics"``;
             with an exact estimator also ``"meta_objective"``, ``"meta_gradient"`` (numbers by meta-parameter; the norm
             of one with more than 100) and ``"hyperparameters"`` (the learned values of each group).
-        search_result: What the search at the start found; ``None`` without one.
+        search_result: What the start made of the given rate, and why; ``None`` while that is open.
         learned: What this fit learns, or has learned, with an exact estimator; else ``None``.
 
     Raises:

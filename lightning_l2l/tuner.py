@@ -109,7 +109,7 @@ class Displacement:
             planned_steps: Its steps in the whole training; infinite where nobody knows.
             every_n_steps: Steps from one update to the next; ``None``: in proportion to the steps so far.
             meta_learning_rate: A multiple of the usual speed; 0 only observes.
-            initial_search: Whether a rate that hardly moves the weights rises in the first steps already.
+            initial_search: Whether a rate that hardly moves the weights rises fast in the first fifth of the training.
             divergence_guard: Whether a diverged run is rolled back.
             has_schedule: Whether a scheduler moves the rate, too.
             is_player: Whether it is one of several whose losses work against each other (GANs): then a rate rises only
@@ -155,7 +155,7 @@ class Tuner:
         history: One record for each update.
         rates: The base and applied rates.
         steps: Optimizer steps so far.
-        search_result: What the first steps changed, once they are over; ``None`` where nothing is looked for.
+        search_result: What the first steps, or a search after a divergence, made of the given rate; ``None`` before.
         seen: Optimizer steps when :meth:`step` was last called.
         held_out_error: What the last held-out gradient failed with: the update went on with the training gradients.
         rollbacks: How often the run was rolled back.
