@@ -206,8 +206,10 @@ class Rule:
         planned_steps: The length of the training; ``inf`` where nobody knows.
         every_n_steps: Steps from one update to the next; ``None``: in proportion to the steps so far.
         speed: A multiple of the usual speed; 0 only observes.
-        ramps: Whether a rate that hardly moves the weights rises in the first steps already.
+        ramps: Whether a rate that hardly moves the weights rises fast in the first fifth of the training.
         decays: Whether the rate may fall to zero at the end.
+        has_schedule: Whether a scheduler moves the rate, too. It is a plan: nothing rises fast, nothing rises after a
+            few passes over the data, nothing falls to zero.
         plays: Whether this is one player of a game, whose steps count against those of others. It may go on for ever in
             one direction without progress, so there only a rate that is far too small rises.
     """
@@ -222,11 +224,13 @@ class Rule:
         speed: float,
         ramps: bool,
         decays: bool,
+        has_schedule: bool = False,
         plays: bool = False,
     ) -> None:
         self.planned_steps = planned_steps
         self.only_observes = speed == 0
-        self.ramps = ramps and speed > 0
+        self.has_schedule = has_schedule
+        self.ramps = ramps and speed > 0 and not has_schedule
         self.log_factors = [0.0] * units
         self.ramp_steps = 0
         self.trial_ends = math.inf
@@ -235,7 +239,7 @@ class Rule:
         self._length = planned_steps if planned_steps < math.inf else _UNKNOWN
         self._every = every_n_steps
         self._speed = speed * _SPEED
-        self._decays = decays and speed > 0 and planned_steps < math.inf
+        self._decays = decays and speed > 0 and planned_steps < math.inf and not has_schedule
         self._plays = plays
         self._floor = 0.0
         self._ceilings = [math.inf] * units
@@ -333,7 +337,7 @@ class Rule:
                 continue
             rise = min(1.0, max(0.0, (-mean - error - _MARGIN - _EARLY_MARGIN * early) / _FULL))
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
-            if self._plays:
+            if self._plays or self.has_schedule and passes > _FEW_PASSES:
                 rise = 0.0
             moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
             self.log_factors[unit] = max(moved, min(self._floor, value))

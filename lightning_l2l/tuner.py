@@ -130,8 +130,9 @@ class Displacement:
             planned_steps=planned_steps,
             every_n_steps=every_n_steps,
             speed=0.0 if reason else meta_learning_rate,
-            ramps=initial_search and not has_schedule,
-            decays=self.final_decay and not has_schedule,
+            ramps=initial_search,
+            decays=self.final_decay,
+            has_schedule=has_schedule,
             plays=is_player,
         )
         return Tuner(optimizer, rule, modules=modules, search=initial_search, guard=divergence_guard, seed=seed)

@@ -214,8 +214,10 @@ def test_a_rate_tensor_that_groups_share_becomes_one_for_each() -> None:
 
     tensors, numbers = (LearnToLearn(Displacement(per="group")) for _ in range(2))
     fit(Shared, tensors, max_epochs=8), fit(Numbers, numbers, max_epochs=8)
-    assert tensors.learning_rates[0] != tensors.learning_rates[1]
-    assert tensors.learning_rates == pytest.approx(numbers.learning_rates, rel=1e-2)  # a float32 tensor holds the rate
+    (ours, theirs) = ([record["learning_rates"] for record in one.history] for one in (tensors, numbers))
+    assert ours[5][0] != ours[5][1]
+    for pair in zip(ours, theirs, strict=True):
+        assert pair[0] == pytest.approx(pair[1], rel=1e-2)  # a float32 tensor holds the rate
 
 
 @pytest.mark.feature("sparse gradients", "works", topic="optimizer")
@@ -237,7 +239,7 @@ def test_sparse_gradients_are_measured_like_dense_ones() -> None:
         callback = LearnToLearn()
         fit(Words(sparse), callback, max_epochs=4)
         found.append([record["cosine"][0] for record in callback.history])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
     callback = LearnToLearn()
     words = Words(True)
     words.configure_optimizers = lambda: optim.SparseAdam(words.parameters(), lr=1e-6)  # type: ignore[method-assign]

@@ -140,7 +140,7 @@ def test_several_optimizers_have_records_with_their_number(trainer: Any) -> None
 
 
 def test_one_line_at_the_end_says_what_was_learned(trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    callback = learner(initial_search=True)
+    callback = learner(estimator=Displacement(final_decay=False), initial_search=True)
     with caplog.at_level("INFO", "lightning.pytorch"):
         trainer(callback, max_epochs=12).fit(Plain(sgd(1e-6)), **steady_loaders())
     (line,) = [r.getMessage() for r in caplog.records if "your learning rate was multiplied by" in r.getMessage()]

@@ -416,6 +416,19 @@ def test_rates_fall_to_zero_at_the_end_where_noise_rules_and_nobody_else_schedul
     assert last(Displacement(), max_epochs=-1, max_steps=60) < 0.2
 
 
+def test_a_schedule_is_not_raised_after_the_passes_that_it_was_made_for(trainer: Any) -> None:
+    constant = lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)  # noqa: E731
+
+    def rises(schedule: Any) -> list[int]:
+        callback = LearnToLearn(meta_data="val", initial_search=False)
+        trainer(callback, max_epochs=25).fit(Plain(sgd(1e-4), schedule), loader(), loader(24, 1))
+        rates = [(record["step"], record["learning_rates"][0]) for record in callback.history]
+        return [after[0] for before, after in zip(rates, rates[1:], strict=False) if after[1] > 1.001 * before[1]]
+
+    per_epoch = len(loader())
+    assert max(rises(None)) > 4 * per_epoch + 1 >= max(rises(constant))
+
+
 def test_updates_every_n_steps(trainer: Any) -> None:
     callback = LearnToLearn(every_n_steps=4, initial_search=False)
     trainer(callback, max_epochs=4).fit(Plain(sgd(0.1)), loader(), loader(24, 1))

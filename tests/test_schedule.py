@@ -56,7 +56,7 @@ CASES: dict[str, Any] = {
 
 def train(trainer: Any, module: Any, *callbacks: Any, **options: Any) -> dict[str, Any]:
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
-    fitted = trainer(*callbacks, max_epochs=3, **options)
+    fitted = trainer(*callbacks, **{"max_epochs": 3, **options})
     fitted.fit(module, **loaders())
     return outcome(fitted, module)["state"]
 
@@ -77,7 +77,7 @@ def test_the_table_has_the_rate_of_every_step_and_one_row_for_each_change(traine
     callback = learner(initial_search=True)
     make = lambda parameters: NotesRates(parameters, lr=1e-6)  # noqa: E731
     module = Rich(make)
-    train(trainer, module, callback)
+    train(trainer, module, callback, max_epochs=8)
     used = module.trainer.optimizers[0].used
     table = callback.export_schedule()
     assert [[table.at(step)["lr"]] for step in range(len(used))] == used and len({rate for (rate,) in used}) > 3

@@ -90,8 +90,9 @@ class UnrollTuner(Tuner):
             planned_steps=planned_steps,
             every_n_steps=every_n_steps,
             speed=meta_learning_rate,
-            ramps=initial_search and not has_schedule,
+            ramps=initial_search,
             decays=False,
+            has_schedule=has_schedule,
         )
         super().__init__(optimizer, rule, modules=[module], search=initial_search, guard=divergence_guard, seed=seed)
         assert estimator.steps is not None

@@ -65,6 +65,7 @@ class Rule(LeaveAlone):
     worth: float = 0.05  # of the first loss: by so much a lower rate must do better
     tail: float = 0.85  # share of the planned steps after which the rate may decay to zero
     keep: float = -0.02  # a cosine below which progress goes on and the rate does not decay
+    most: float = 3.0  # passes over the data, after which training gradients are no held-out gradients any more
 
     def begin(self, runs: int, steps: float, scheduled: Tensor, passes: float) -> None:
         super().begin(runs, steps, scheduled, passes)
@@ -136,6 +137,8 @@ class Rule(LeaveAlone):
         mean = self.evidence(t, mean, held_cosine)
         margin = self.margin + self.early * max(0.0, 1 - t / (self.start * self.steps))
         rise = ((-mean - error - margin) / self.full).clamp(0, 1) * self.may_rise(t)
+        if t * self.passes > self.most * self.steps:  # a schedule is a plan for so many passes
+            rise = torch.where(self.scheduled, 0.0, rise)
         fall = ((mean - error) / self.full).clamp(0, 1)  # back towards the user's rate, not below
         log = self.log + self.speed * math.log(self.ratio) * (rise - fall)
         log = torch.maximum(torch.minimum(log, self.ceiling), torch.minimum(self.floor, self.log))
@@ -175,9 +178,7 @@ class HeldOut(Rule):
 
 @dataclass
 class FewPasses(Rule):
-    """Training gradients alone: no rise after some passes, when they are no held-out gradients any more."""
-
-    most: float = 3.0
+    """Training gradients alone: no rise after some passes."""
 
     def may_rise(self, t: int) -> float:
         return float(t * self.passes <= self.most * self.steps)
