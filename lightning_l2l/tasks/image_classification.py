@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,9 @@ class ImageClassification(StackableTask, TaskFamily):
         self.initialisation, self.resample, self.permute_labels = initialisation, resample, permute_labels
         self.classes = int(torch.cat([labels, test_labels]).max()) + 1
         self.image_shape = tuple(images.shape[1:])
-        generator = torch.Generator().manual_seed(seed)
+        # Not Generator(seed): the disturbed examples would be the first of the permutation that the task of the same
+        # seed draws, and all labels of that task random.
+        generator = torch.Generator().manual_seed(random.Random(f"label noise/{seed}").getrandbits(62))
         noisy = _with_noise(labels, label_noise, self.classes, generator)
         noisy_labels = _with_noise(test_labels, label_noise, self.classes, generator) if noisy_test else test_labels
         shape = (-1, 1, *self.image_shape) if network == "convnet" else (-1, math.prod(self.image_shape))
