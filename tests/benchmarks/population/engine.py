@@ -142,8 +142,8 @@ class Task:
 
 
 def angle(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine of each pair of rows."""
-    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+    """Cosine of each pair of rows; NaN where there is none."""
+    return ((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))).clamp(-1, 1)
 
 
 def returned(weights: Tensor, others: Sequence[tuple[Opponent, Tensor]]) -> Tensor:
