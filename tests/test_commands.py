@@ -50,9 +50,8 @@ def test_meta_train_writes_what_evaluate_reads(tmp_path: Path, capsys: pytest.Ca
     pytest.importorskip("matplotlib")
     words = "--optimizer small_fc --task quadratics --updates 2 --unroll-steps 20 --episode-steps 0 --compare-seeds 3"
     assert main(["meta-train", *words.split(), "--compare-steps", "20", "--output", str(tmp_path / "first")]) == 0
-    assert {"learned.safetensors", "comparison.csv", "comparison.png"} <= {
-        p.name for p in (tmp_path / "first").iterdir()
-    }
+    written = {path.name for path in (tmp_path / "first").iterdir()}
+    assert written == {"learned.safetensors", "comparison.csv", "comparison.png", "meta_loss.png"}
     assert "meta-trained in" in capsys.readouterr().out
     file = str(tmp_path / "first" / "learned.safetensors")
     assert LearnedOptimizer.load(file).tasks == "quadratics"
@@ -67,6 +66,22 @@ def test_meta_train_writes_what_evaluate_reads(tmp_path: Path, capsys: pytest.Ca
     for one, other in zip(first, again, strict=True):  # the same tasks, starts and batches
         assert one["mean_train_loss"] == other["mean_train_loss"]
     assert not (tmp_path / "again" / "comparison.png").exists()
+
+
+def test_an_interrupted_meta_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    words = ["meta-train", "--task", "quadratics", "--optimizer", "mlp", "--updates", "53", "--unroll-steps", "2"]
+    words += ["--episode-steps", "6", "--compare-seeds", "0", "--output", str(tmp_path)]
+    file = tmp_path / "learned.safetensors"
+    assert main([*words, "--no-figure"]) == 0
+    # What a run that ends after 53 updates left behind is what one that was interrupted there would have.
+    assert torch.load(tmp_path / "meta_training.ckpt", weights_only=True)["global_step"] == 50
+    whole = LearnedOptimizer.load(file).state_dict()
+    file.unlink()
+    pytest.importorskip("matplotlib")
+    assert main([*words, "--resume"]) == 0
+    resumed = LearnedOptimizer.load(file).state_dict()
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    assert (tmp_path / "meta_loss.png").stat().st_size > 10_000
 
 
 def test_a_baseline_is_torch_optim_at_an_inner_point_of_the_grid() -> None:
@@ -123,6 +138,7 @@ def test_an_optimizer_is_made_twice_alike_without_touching_the_global_numbers(na
         (["quadratic", "--steps", "0"], "at least 1"),
         (["quadratic", "--updates", "0"], "at least 1"),
         (["meta-train", "--task", "mnist"], "needs --mnist-folder"),
+        (["meta-train", "--output", "nowhere", "--resume"], "no nowhere/meta_training.ckpt to resume from"),
     ],
 )
 def test_a_wrong_command_line_exits_with_two_and_the_reason(

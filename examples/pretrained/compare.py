@@ -4,6 +4,8 @@ Both with the same linear schedule to zero and the same batches. AdamW's rate is
 loss over the seeds; what is reported is the mean test loss at the end, divided by AdamW's. Also AdamW at 1e-3.
 
     python examples/pretrained/compare.py --output comparison.csv [--rule unit_step.safetensors] [--steps 300 1000]
+
+``--choosing`` compares on five other tasks: whoever changes the rule or its meta-training chooses there.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 from tasks import perceptron, whole_text
 from torch import Tensor, nn
 
@@ -81,6 +83,29 @@ def waves() -> Splits:
     return split(found[:, :12, None], found[:, 12:])
 
 
+def clicks() -> Splits:
+    generator = torch.Generator().manual_seed(5)
+    users, items = torch.randn(60, 3, generator=generator), torch.randn(40, 3, generator=generator)
+    pairs = torch.stack([torch.randint(n, (2000,), generator=generator) for n in (60, 40)], 1)
+    likely = torch.sigmoid((users[pairs[:, 0]] * items[pairs[:, 1]]).sum(1, keepdim=True))
+    return split(pairs, (torch.rand(likely.shape, generator=generator) < likely).float())
+
+
+def friedman() -> Splits:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.rand(500, 10, generator=generator)
+    y = 10 * torch.sin(3.14159 * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
+    y = y + torch.randn(500, generator=generator)
+    return split((x - 0.5) * 3.46, ((y - y.mean()) / y.std())[:, None], 0.6, 0.2)
+
+
+def spirals() -> Splits:
+    generator = torch.Generator().manual_seed(7)
+    radius, arm = torch.rand(900, generator=generator), torch.randint(3, (900,), generator=generator)
+    angle = 4 * radius + 2.094 * arm + 0.25 * torch.randn(900, generator=generator)
+    return split(2 * torch.stack([radius * angle.cos(), radius * angle.sin()], 1), arm)
+
+
 def convnet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(),
@@ -121,7 +146,48 @@ class Factors(nn.Module):
         return products.sum(1, keepdim=True) + self.bias(pairs[:, 1])
 
 
-def unseen() -> dict[str, tuple[Splits, Callable[[], nn.Module], Callable[..., Tensor], int]]:
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(60, 6), nn.Embedding(40, 6)
+        self.user_bias, self.item_bias = nn.Embedding(60, 1), nn.Embedding(40, 1)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        user, item = pairs.unbind(1)
+        products = (self.users(user) * self.items(item)).sum(1, keepdim=True) / 6**0.5
+        return products + self.user_bias(user) + self.item_bias(item)
+
+
+Tasks = dict[str, tuple[Splits, Callable[[], nn.Module], Callable[..., Tensor], int]]
+
+
+def choosing() -> Tasks:
+    ce, mse, logistic = (
+        nn.functional.cross_entropy, nn.functional.mse_loss, nn.functional.binary_cross_entropy_with_logits
+    )  # fmt: skip
+    return {
+        "network, iris": (table(load_iris), perceptron(4, 16, 3), ce, 16),
+        "network, Friedman": (friedman(), perceptron(10, 32, 32, 1), mse, 32),
+        "network with LayerNorm, spirals": (
+            spirals(),
+            lambda: nn.Sequential(
+                nn.Linear(2, 24), nn.LayerNorm(24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)
+            ),
+            ce, 32,
+        ),
+        "two towers, clicks": (clicks(), Towers, logistic, 64),
+        "convolution, waves": (
+            waves(),
+            lambda: nn.Sequential(
+                nn.Flatten(), nn.Unflatten(1, (1, 12)), nn.Conv1d(1, 8, 3), nn.Tanh(), nn.Conv1d(8, 8, 3), nn.Tanh(),
+                nn.Flatten(), nn.Linear(64, 1),
+            ),
+            mse, 64,
+        ),
+    }  # fmt: skip
+
+
+def unseen() -> Tasks:
     ce, mse, count = nn.functional.cross_entropy, nn.functional.mse_loss, whole_text()[1]
     return {
         "convnet with BatchNorm, digits": (images(), convnet, ce, 64),
@@ -170,11 +236,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 1000])
     parser.add_argument("--rate", type=float, nargs="+", default=[1.0], help="of the rule")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--choosing", action="store_true", help="other tasks: to choose on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     learned = LearnedOptimizer.load(options.rule) if options.rule else LearnedOptimizer.pretrained("unit_step")
     rows, means = [], {rate: [] for rate in options.rate}
-    for name, task in unseen().items():
+    for name, task in (choosing() if options.choosing else unseen()).items():
         for steps in options.steps:
 
             def mean(make: Make) -> Tensor:
@@ -199,7 +266,8 @@ def main() -> None:
         ratios = torch.tensor([ratio for ratio, _ in found])
         better = sum(ratio < usual for ratio, usual in found)
         print(
-            f"rule at lr={rate:g}: median {ratios.quantile(0.5):.3f}, worst {ratios.max():.3f}, "
+            f"rule at lr={rate:g}: median {ratios.quantile(0.5):.3f}, "
+            f"geometric mean {ratios.log().mean().exp():.3f}, worst {ratios.max():.3f}, "
             f"better than AdamW at 1e-3 on {better} of {len(found)}"
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_l2l import LearnedOptimizer
 from lightning_l2l.plotting import STYLES, new_figure, require_matplotlib
@@ -96,7 +97,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mnist-folder", help="where MNIST's four IDX files are")
     parser.add_argument("--train-samples", type=int, help="training examples of each task, drawn anew; default: all")
     parser.add_argument("--label-noise", type=float, default=0.0, help="fraction of random training labels")
-    parser.add_argument("--no-figure", dest="figure", action="store_false", help="do not draw comparison.png")
+    parser.add_argument("--no-figure", dest="figure", action="store_false", help="draw nothing")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -182,7 +183,7 @@ def train(name: str, make: Make, family: TaskFamily, steps: int, seeds: Sequence
         seeds: One run for each.
     """
     curves, ends, diverged, spent, done = [], [], 0, 0.0, 0
-    for seed in seeds:
+    for seed in tqdm(seeds, desc=name, leave=False, disable=None):  # no bar where there is no terminal
         generator = torch.Generator().manual_seed(seed)
         task = family.sample(generator)
         parameters = {key: nn.Parameter(start) for key, start in task.initial_parameters(generator).items()}

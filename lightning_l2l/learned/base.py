@@ -41,10 +41,13 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
     Attributes:
         horizon: The number of steps of the runs that it was meta-trained on; ``None`` if that does not matter.
         tasks: What it was meta-trained on, in words.
+        elements_at_once: Tensors that do not depend on each other are updated as one vector of at most so many elements
+            (or one tensor): about what the caches hold of the hundred features and activations that each has.
     """
 
     horizon: int | None = None
     tasks: str = ""
+    elements_at_once: int = 2**16
 
     @abc.abstractmethod
     def transformation(self) -> GradientTransformation:
@@ -54,6 +57,24 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
             A torchopt transformation over dictionaries of tensors by name, differentiable in
             :meth:`parameters`. It is made anew for each inner step, so making it must be cheap.
         """
+
+    def update_(
+        self, gradients: Mapping[str, Tensor | None], state: Any, parameters: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor | None], Any]:
+        """The transformation's update where nothing will be differentiated, for a live optimizer.
+
+        A subclass may do it faster and change ``state`` in place; the updates are the same up to rounding.
+
+        Args:
+            gradients: By name; ``None`` only where :attr:`accepts_missing_gradients`.
+            state: The transformation's.
+            parameters: By name.
+
+        Returns:
+            What is added to the parameters, and the state to go on with.
+        """
+        found: tuple[Any, Any] = self.transformation().update(gradients, state, params=parameters, inplace=False)
+        return found
 
     def attach(self, inner: InnerOptimizer) -> Self:
         """Tells which optimizer this one sits on; called again whenever that one's hyperparameters have changed.

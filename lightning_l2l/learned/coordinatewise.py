@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -67,6 +68,10 @@ class CoordinatewiseOptimizer(LearnedOptimizer):
             layout: Where the tensors lie in the N elements.
         """
 
+    def step_(self, gradient: Tensor, parameter: Tensor, state: State, layout: Layout) -> tuple[Tensor, State]:
+        """The same where nothing will be differentiated; the averages may be changed in place."""
+        return self.step(gradient, parameter, state, layout)
+
     def extents(self, layout: Layout) -> Mapping[str, list[int]]:
         """For each average whose last axis is not N: how much of that axis belongs to each tensor."""
         return {}
@@ -96,29 +101,34 @@ class CoordinatewiseOptimizer(LearnedOptimizer):
         ) -> tuple[dict[str, Tensor | None], State]:
             if params is None:
                 raise ValueError("The update needs the parameters themselves: pass params=... to update().")
-            layout, dtype = Layout.of(params), _dtype_of(params)
-            missing = [name for name in params if updates.get(name) is None]
-            gradients = {name: _filled(name, updates.get(name), tensor) for name, tensor in params.items()}
-            device = next(iter(params.values())).device.type
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    moved, following = self._moved(gradients, state, params, layout, dtype)
-            else:
-                moved, following = self._moved(gradients, state, params, layout, dtype)
-            if missing:
-                following = self._kept(state, following, layout, set(missing))
-            return {**moved, **dict.fromkeys(missing)}, {**following, "step": state["step"] + 1}
+            return self._update(updates, state, params, in_place=False)
 
         return GradientTransformation(init, update)
 
-    def _moved(
-        self, gradients: dict[str, Tensor], state: State, params: Any, layout: Layout, dtype: torch.dtype
-    ) -> tuple[dict[str, Tensor], State]:
-        gradient, parameter = layout.flatten(gradients, dtype), layout.flatten(params, dtype)
-        step, following = self.step(gradient, parameter, state, layout)
-        if self.normalise_output:
-            step = normalised(step, layout, epsilon=1e-9)
-        return layout.unflatten(step * -self.step_multiplier, params), following
+    def update_(
+        self, gradients: Mapping[str, Tensor | None], state: Any, parameters: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor | None], Any]:
+        """See :class:`LearnedOptimizer`."""
+        return self._update(gradients, state, parameters, in_place=True)
+
+    def _update(
+        self, updates: Mapping[str, Tensor | None], state: State, params: Mapping[str, Tensor], *, in_place: bool
+    ) -> tuple[dict[str, Tensor | None], State]:
+        layout, dtype = Layout.of(params), _dtype_of(params)
+        missing = [name for name in params if updates.get(name) is None]
+        gradients = {name: _filled(name, updates.get(name), tensor) for name, tensor in params.items()}
+        before = {key: value.clone() for key, value in state.items()} if missing and in_place else state
+        step = self.step_ if in_place else self.step
+        device = next(iter(params.values())).device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            vector, following = step(layout.flatten(gradients, dtype), layout.flatten(params, dtype), state, layout)
+            if self.normalise_output:
+                vector = normalised(vector, layout, epsilon=1e-9)
+            vector = vector.mul_(-self.step_multiplier) if in_place else vector * -self.step_multiplier
+            moved = layout.unflatten(vector, params)
+        if missing:
+            following = self._kept(before, following, layout, set(missing))
+        return {**moved, **dict.fromkeys(missing)}, {**following, "step": state["step"] + 1}
 
     def _kept(self, old: State, new: State, layout: Layout, missing: set[str]) -> State:
         """The new averages, the old ones for tensors without a gradient."""

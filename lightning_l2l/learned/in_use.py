@@ -9,7 +9,7 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from lightning_l2l.learned.base import LearnedOptimizer
-from lightning_l2l.learned.torch_optimizer import LearnedTorchOptimizer
+from lightning_l2l.learned.torch_optimizer import LearnedTorchOptimizer, copied
 
 
 class _Placed(NamedTuple):
@@ -72,8 +72,8 @@ class OptimizerInUse(LearnedOptimizer):
             self._chunks.append(placed)
 
     def read_state(self) -> dict[str, Any]:
-        """The live optimizer's state now, by the number of the chunk. It is shared, but never changed in place."""
-        return {str(number): chunk.state for number, chunk in enumerate(self._optimizer[0].chunks())}
+        """A copy of the live optimizer's state now, by the number of the chunk."""
+        return {str(number): copied(chunk.state) for number, chunk in enumerate(self._optimizer[0].chunks())}
 
     @property
     def accepts_missing_gradients(self) -> bool:

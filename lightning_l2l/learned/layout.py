@@ -85,7 +85,8 @@ class Layout:
 
     def flatten(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The tensors as one vector, shape ``(N,)``."""
-        return torch.cat([tensors[name].reshape(-1) for name in self.names]).to(dtype)
+        flat = [tensors[name].reshape(-1) for name in self.names]
+        return (flat[0] if len(flat) == 1 else torch.cat(flat)).to(dtype)
 
     def unflatten(self, vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse: a dictionary in the order of ``like``, each tensor in its dtype."""

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 
-# Tensors that are updated as one vector may have this many elements: about what the caches hold of it (there are
-# some hundred numbers of features, activations and state for each).
-_LARGEST_CHUNK = 2**16
-
 
 class Learned(Protocol):
     """What is needed of a :class:`~lightning_l2l.LearnedOptimizer`, which is a module besides."""
 
     horizon: int | None
+    elements_at_once: int
 
     def transformation(self) -> GradientTransformation: ...  # noqa: D102
+
+    def update_(self, gradients: Any, state: Any, parameters: Any) -> tuple[Mapping[str, Any], Any]: ...  # noqa: D102
 
     @property
     def accepts_missing_gradients(self) -> bool: ...  # noqa: D102
@@ -120,7 +119,6 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        transformation = self.learned.transformation()
         for chunk in self.chunks():
             parameters = {key: self._parameters[key] for key in chunk.keys}
             gradients: dict[str, Tensor | None] = {key: parameter.grad for key, parameter in parameters.items()}
@@ -129,7 +127,7 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
                 continue
             if not self.learned.accepts_missing_gradients:
                 gradients = {key: torch.zeros_like(parameters[key]) if g is None else g for key, g in gradients.items()}
-            updates, chunk.state = transformation.update(gradients, chunk.state, params=parameters, inplace=False)
+            updates, chunk.state = self.learned.update_(gradients, chunk.state, parameters)
             self._apply(moving, updates)
         self._steps += 1
         self._warn_beyond_horizon()
@@ -155,7 +153,7 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
     def chunks(self) -> list[Chunk]:
         """The parameters that are updated together, with their states; a new one for those that are in none yet.
 
-        A state may be shared, but is never changed in place: a step puts another one in its place.
+        A step may change their states in place.
 
         Raises:
             ValueError: Parameters join late, and the learned optimizer updates all of them together.
@@ -182,14 +180,18 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
             return [tuple(keys)] if keys else []
         chunks: list[list[str]] = []
         filling: dict[torch.device, tuple[list[str], int]] = {}
+        largest = self.learned.elements_at_once
         for key in keys:
             parameter = self._parameters[key]
-            names, elements = filling.get(parameter.device, ([], 0))
-            if not names or elements + parameter.numel() > _LARGEST_CHUNK:
-                names, elements = [], 0
-                chunks.append(names)
-            names.append(key)
-            filling[parameter.device] = (names, elements + parameter.numel())
+            device, size = parameter.device, parameter.numel()
+            names, elements = filling.get(device, ([], largest))
+            if elements + size > largest:
+                chunks.append([key])
+                if 2 * size <= largest:  # small ones may still join it
+                    filling[device] = (chunks[-1], size)
+            else:
+                names.append(key)
+                filling[device] = (names, elements + size)
         return [tuple(names) for names in chunks]
 
     def placed(self, key: str) -> tuple[Tensor, dict[str, Any]]:
@@ -213,7 +215,7 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
             "class": type(self.learned).__name__,
             "meta_parameters": {name: tensor.detach().clone() for name, tensor in self.learned.state_dict().items()},
             "steps": self._steps,
-            "chunks": [{"keys": list(chunk.keys), **_saved(chunk.state)} for chunk in self._chunks],
+            "chunks": [{"keys": list(chunk.keys), **_saved(copied(chunk.state))} for chunk in self._chunks],
         }
         return {**super().state_dict(), "learned": own}
 
@@ -253,13 +255,17 @@ class LearnedTorchOptimizer(torch.optim.Optimizer):
         state: Any = saved.get("state")
         if "leaves" in saved:
             state = optree.tree_unflatten(optree.tree_structure(transformation.init(parameters)), saved["leaves"])
-        state = optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state)
-        return Chunk(tuple(saved["keys"]), state)
+        return Chunk(tuple(saved["keys"]), copied(state, device))
 
     def __getstate__(self) -> dict[str, Any]:
         """Also what torch does not know of, for copying and pickling."""
         own = ("learned", "_chunks", "_parameters", "_groups", "_steps", "_warned")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+
+def copied(state: Any, device: torch.device | None = None) -> Any:
+    """A state that no step changes, on another device where one is given."""
+    return optree.tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, state)
 
 
 def _saved(state: Any) -> dict[str, Any]:

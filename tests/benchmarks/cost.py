@@ -1,6 +1,6 @@
 """What a meta-gradient costs, beside torchopt's in the same process, and what a fit with the callback costs.
 
-    python tests/benchmarks/cost.py [--part unroll memory fit meta-training] [--rounds 7] [--results cost.json]
+    python tests/benchmarks/cost.py [--part unroll memory fit meta-training step] [--rounds 7] [--results cost.json]
 
 (unroll) One exact meta-gradient of the step size of a 128-wide and a 1024-wide MLP, in every mode, over that by
     torchopt's MetaSGD or MetaAdam; and over the same number of plain training steps by torch.optim.
@@ -8,6 +8,7 @@
 (fit) A whole Lightning fit with ``LearnToLearn()`` and held-out batches of the training's size, over the same fit
     without.
 (meta-training) ``meta_training.py``: milliseconds per task and inner step.
+(step) One step of the rule that comes with its weights, over one of AdamW (foreach), for about a million parameters.
 
 Contestants take turns (A B C A B C ...) in one process and one thread; quoted is the median of the ratios to the base
 of the same round, with the smallest and the largest. Processor time, so that a busy machine says something, too.
@@ -187,6 +188,31 @@ def part_meta_training(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def part_step(rounds: int) -> list[dict[str, Any]]:
+    """The pretrained rule as an optimizer."""
+    from lightning_l2l import LearnedOptimizer
+
+    layers = [(64, 32, 3, 3), (64,), (64,), (192, 64), (192,), (64, 64), (64,), (256, 64), (256,), (64, 256), (64,)]
+    layouts = {"one matrix": [(1000, 1000)], "57 tensors": [*layers * 5, (10_000, 64), (1000, 64)]}
+    rows = []
+    for name, shapes in layouts.items():
+        parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        adamw = torch.optim.AdamW(parameters, lr=1e-3, foreach=True)
+        rule = LearnedOptimizer.pretrained("unit_step").as_torch_optimizer(parameters)
+        # The least of five: a busy machine makes steps slower, never faster.
+        base, contestant = (
+            partial(lambda step: min(seconds(step) for _ in range(5)), optimizer.step) for optimizer in (adamw, rule)
+        )
+        count = sum(parameter.numel() for parameter in parameters)
+        rows.append(
+            {"tensors": name, "parameters": count, "adamw": base(), **ratios(base, {"rule": contestant}, rounds)}
+        )
+        print(f"{name:<11} {count} parameters  AdamW {1e3 * rows[-1]['adamw']:.2f} ms  rule {_range(rows[-1]['rule'])}")
+    return rows
+
+
 def peak(name: str, steps: int) -> float:
     """Megabytes that one meta-gradient adds to this process, on Linux."""
     contestant = partial(by_torchopt, "SGD") if name == "torchopt" else partial(ours, name, "SGD")
@@ -207,7 +233,13 @@ def _range(values: list[float]) -> str:
     return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
 
 
-PARTS = {"unroll": part_unroll, "memory": part_memory, "fit": part_fit, "meta-training": part_meta_training}
+PARTS = {
+    "unroll": part_unroll,
+    "memory": part_memory,
+    "fit": part_fit,
+    "meta-training": part_meta_training,
+    "step": part_step,
+}
 
 
 def main() -> None:
