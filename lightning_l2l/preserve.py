@@ -219,7 +219,8 @@ class PreservedTensors:
             moved = set()
             for tensor, before in saved:
                 before = before.to(tensor.device)
-                if not torch.equal(local(tensor), before):
+                # Sparse tensors (the adjacency of a graph) cannot be compared.
+                if tensor.layout != torch.strided or not torch.equal(local(tensor), before):
                     moved.add(id(tensor))
                     local(tensor).copy_(before)
             self._moving = moved if self._moving is None else self._moving | moved

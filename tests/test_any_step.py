@@ -176,6 +176,40 @@ def test_a_step_that_unfreezes_and_switches_modes_is_put_back() -> None:
     assert unchanged(Switches)
 
 
+class Neighbours(Regression):
+    """A graph network, whose adjacency is a sparse buffer."""
+
+    layout: ClassVar[Any] = torch.sparse_coo
+
+    def __init__(self) -> None:
+        super().__init__()
+        near = torch.eye(8) + torch.eye(8).roll(1, 0)
+        self.register_buffer("adjacency", near.to_sparse(layout=self.layout))
+
+    def loss(self, batch: Any) -> Tensor:
+        return functional.mse_loss(self.net(torch.sparse.mm(self.adjacency, batch[0].T).T), batch[1])
+
+
+class Lost(Neighbours):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=10.0)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:LearnToLearn. after step")
+@pytest.mark.feature("sparse buffers, such as the adjacency of a graph", "works", topic="step")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_buffers_are_put_back_and_taken_back(monkeypatch: pytest.MonkeyPatch, layout: Any) -> None:
+    monkeypatch.setattr(Neighbours, "layout", layout)
+    callback = observer()
+    module = fit(Neighbours, callback).lightning_module
+    assert all(math.isfinite(record["held_out_loss"]) for record in callback.history)
+    assert torch.equal(module.adjacency.to_dense(), Neighbours().adjacency.to_dense())
+    diverges = LearnToLearn()
+    module = fit(Lost, diverges, max_epochs=10).lightning_module
+    assert any(record["diagnostics"]["trouble"] == "rolled_back" for record in diverges.history)
+    assert torch.equal(module.adjacency.to_dense(), Neighbours().adjacency.to_dense())
+
+
 @pytest.mark.feature("`trainer.should_stop` in a step", "works", topic="step")
 def test_flags_of_the_trainer_that_a_held_out_call_sets_are_put_back() -> None:
     class Stops(Regression):
