@@ -176,8 +176,8 @@ def write_page(results: Results, times: Results, page: Path | None) -> str:
     few = len({run.seed for run in results if run.method not in ("plain", "LearnToLearn")})
     text = "\n\n".join(
         [
-            f"Test data after the last step; means over as many seeds as were run, up to {seeds} for the usual rate, the "
-            f"schedule and LearnToLearn, up to {few} for the opponents. Of losses less is better, of the others more.",
+            f"Test data after the last step. Means over up to {seeds} seeds for the usual rate, the schedule and "
+            f"LearnToLearn, over up to {few} for the opponents. Of losses less is better, of the others more.",
             results_table(found),
             "The same runs at their best validation, which is what a `ModelCheckpoint` keeps:",
             choice_table(found),
