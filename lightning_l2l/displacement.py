@@ -42,7 +42,7 @@ _UNKNOWN = 1000  # steps that are assumed where something is in proportion to a 
 # A rate at which the weights would move by less than _STILL of their norm until the end is doubled at once while the
 # cosine is below _UNANIMOUS, early on; one at which they have moved by less than _NOWHERE is multiplied by ten.
 _STILL, _RAMP, _UNANIMOUS = 0.3, 2.0, -0.1
-_NOWHERE, _RAMP_FROM_NOWHERE = 1e-5, 10.0
+_NOWHERE, _RAMP_FROM_NOWHERE, _SETTLED = 1e-5, 10.0, 3
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
 # The search for a rate, where the one that was given diverges: steps of each trial, as a part of the training and at
 # least, and by how much a third of the rate must do better, as a part of the first loss.
@@ -50,8 +50,8 @@ _TRIAL, _SHORTEST_TRIAL, _WORTH = 0.02, 10, 0.05
 _HELD_OUT_MEMORY, _FEW_PASSES = 0.6, 3
 
 _STATE = (
-    "log_factors", "ramps", "ramp_steps", "trial_ends", "_best", "_chosen", "_floor", "_ceilings", "_sums", "_held_out",
-    "_peak", "_scheduled", "_decay_from", "_last", "_next", "_origin",
+    "log_factors", "ramps", "ramp_steps", "trial_ends", "best_loss", "_chosen", "_floor", "_ceilings", "_sums",
+    "_held_out", "_peak", "_scheduled", "_decay_from", "_last", "_next", "_origin", "_begun",
 )  # fmt: skip
 
 
@@ -158,12 +158,14 @@ class RunningAverage:
         """The averages, in the order of the groups' parameters, and the step of the last fold."""
         return {"average": list(self._average.values()), "last": self._last}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; an average with other shapes starts afresh."""
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from a saved state; False, and nothing happens, where it is of other shapes or was not saved."""
         averages = list(self._average.values())
-        if [a.shape for a in averages] == [a.shape for a in state["average"]]:
-            torch._foreach_copy_(averages, [a.to(b) for a, b in zip(state["average"], averages, strict=True)])
-            self._last = state["last"]
+        if [a.shape for a in averages] != [a.shape for a in state.get("average", ())]:
+            return False
+        torch._foreach_copy_(averages, [a.to(b) for a, b in zip(state["average"], averages, strict=True)])
+        self._last = state["last"]
+        return True
 
 
 def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -234,7 +236,7 @@ class Rule:
         self.log_factors = [0.0] * units
         self.ramp_steps = 0
         self.trial_ends = math.inf
-        self._best = math.inf
+        self.best_loss = math.inf  # of all trials
         self._chosen: list[float] = []
         self._length = planned_steps if planned_steps < math.inf else _UNKNOWN
         self._every = every_n_steps
@@ -251,13 +253,14 @@ class Rule:
         self._next = float(every_n_steps or _FIRST_UPDATE)
         self._decay_at = math.ceil(_DECAY_AT * planned_steps) if self._decays else math.inf
         self._origin = 0
+        self._begun: list[int | None] = [None] * units  # the step before a unit's first gradient
 
     def resize(self, units: int) -> None:
         """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
-        if self.is_searching:
-            self.log_factors, self.trial_ends = self._chosen or self.log_factors, math.inf
+        self.end_search()
         for values, new in ((self.log_factors, 0.0), (self._ceilings, math.inf), (self._held_out, 0.0)):
             values[units:] = [new] * (units - len(values))
+        self._begun[units:] = [None] * (units - len(self._begun))
         self._sums[units:] = [[0.0, 0.0, 0.0] for _ in range(units - len(self._sums))]
 
     def samples(self, step: int) -> bool:
@@ -270,11 +273,11 @@ class Rule:
 
     def is_ramping(self, step: int) -> bool:
         """Whether the rate may go on rising at once: it has since the last update, or it is too early to tell."""
-        return step < _FIRST_UPDATE or self.ramp_steps > self._last and step < self._ramp_until
+        return step < _FIRST_UPDATE or self.ramp_steps > self._last and self.is_early(step)
 
-    @property
-    def _ramp_until(self) -> float:
-        return _EARLY * self._length
+    def is_early(self, step: int) -> bool:
+        """Whether the first part of the training, in which a rate may rise at once, is not over."""
+        return step <= _EARLY * self._length
 
     def see(self, step: int, measured: Iterable[Sequence[float]], unit: int = 0) -> None:
         """Measurements of a unit since the last call, each ``[<g, d>, <g, g>, <d, d>, <w, w>]``."""
@@ -287,14 +290,18 @@ class Rule:
                 sums[1] += found
                 sums[2] += found**2
         _, gradient, moved, weights = last
-        is_early = step - self._origin > 3 and step <= self._ramp_until
-        if self.ramps and is_early and gradient > 0 and weights > 0:
-            self._ramp(step, math.sqrt(moved / weights), unit)
+        if gradient > 0 and weights > 0:
+            begun = self._begun[unit]
+            if begun is None:
+                begun = self._begun[unit] = step - 1
+            steps = step - max(begun, self._origin)
+            if self.ramps and steps > _SETTLED and self.is_early(step):
+                self._ramp(step, math.sqrt(moved / weights), steps, unit)
 
-    def _ramp(self, step: int, moved: float, unit: int) -> None:
+    def _ramp(self, step: int, moved: float, steps: int, unit: int) -> None:
         """Raise a rate at which nothing would ever happen; where the dtype is too coarse, no weight moves at all."""
         count, total, _ = self._sums[unit]
-        per_step = moved / min(step - self._origin, (step + 8) / 9)
+        per_step = moved / min(steps, (step + 8) / 9)
         nowhere = moved < _NOWHERE and (count == 0 or total < 0)
         if per_step * self._length < _STILL and (nowhere or total < _UNANIMOUS * count):
             self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere else _RAMP)
@@ -383,10 +390,12 @@ class Rule:
             lower = value - math.log(by)
             self.log_factors[unit] = lower if was_given else max(lower, min(value, 0.0))
         self._floor = min(self._floor, *self.log_factors)
-        if self.is_searching or searches and was_given:
+        if not self.is_searching and searches and was_given and self._fits(step):
+            self.best_loss, self._chosen, self.trial_ends = math.inf, [], step
+        if self.is_searching:
             self._floor = -math.inf
             self.trial_ends = step + self._trial
-        self._begin_anew(step)
+        self.begin_anew(step)
         return math.exp(max(b - a for b, a in zip(before, self.log_factors, strict=True)))
 
     @property
@@ -397,6 +406,10 @@ class Rule:
     @property
     def _trial(self) -> int:
         return max(_SHORTEST_TRIAL, math.ceil(_TRIAL * self._length))
+
+    def _fits(self, step: int) -> bool:
+        """Whether a trial would be over before the rate may decay."""
+        return step + self._trial < _DECAY_AT * self.planned_steps
 
     def tried(self, step: int, loss: float, first: float) -> bool:
         """A trial is over.
@@ -409,17 +422,24 @@ class Rule:
         Returns:
             Whether to go back to the snapshot and try a third of the rate; otherwise the best one is in force.
         """
-        if not loss < self._best - _WORTH * abs(first):
-            self.log_factors = self._chosen or self.log_factors
-            self.trial_ends = self._best = math.inf
+        is_better = loss < self.best_loss - _WORTH * abs(first)
+        if is_better:
+            self.best_loss, self._chosen = loss, list(self.log_factors)
+        if not is_better or not self._fits(step):
+            self.end_search()
             return False
-        self._best, self._chosen = loss, list(self.log_factors)
         self.log_factors = [value - math.log(_CUT) for value in self.log_factors]
         self.trial_ends = step + self._trial
-        self._begin_anew(step)
+        self.begin_anew(step)
         return True
 
-    def _begin_anew(self, step: int) -> None:
+    def end_search(self) -> None:
+        """Go on with the best rate so far, if one is being searched."""
+        if self.is_searching:
+            self.log_factors, self.trial_ends = self._chosen or self.log_factors, math.inf
+
+    def begin_anew(self, step: int) -> None:
+        """What was measured before this step counts no longer."""
         self._sums = [[0.0, 0.0, 0.0] for _ in self.log_factors]
         self._origin = step
 
@@ -428,8 +448,10 @@ class Rule:
         return {name: copy.deepcopy(getattr(self, name)) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state, with the options of this run."""
+        ramps = self.ramps
         vars(self).update(copy.deepcopy(state))
+        self.ramps &= ramps
 
 
 def cosine(along: float, gradient: float, moved: float) -> float:

@@ -49,6 +49,7 @@ class LossWatch:
         self._patience = max(10.0, _PATIENCE * planned_steps if planned_steps < math.inf else 100.0)
         self._high = 0
         self._seen = 0  # since the start, or since the run was rolled back
+        self._returns = 0
         self._tolerance = 1.0
         self._lowest = math.inf
 
@@ -74,12 +75,14 @@ class LossWatch:
         return improved
 
     def never_learned(self) -> bool:
-        """Whether losses rose from the start: the rate is wrong, not a batch."""
-        return self._lowest == math.inf and self.mean > self.first + _HIGH * abs(self.first)
+        """Whether losses rose from the start, or no retry has helped: the rate is wrong, not a batch."""
+        rose = self.mean > self.first + _HIGH * abs(self.first)
+        return self._lowest == math.inf and (rose or self._returns > 0)
 
     def forget(self) -> None:
         """The run was rolled back: what comes now is another training from the snapshot."""
         self._seen, self._high, self.is_suspicious = 0, 0, False
+        self._returns += 1
 
     def unfounded(self) -> None:
         """The suspicion was none: be slower with the next one."""

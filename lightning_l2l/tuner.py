@@ -130,7 +130,7 @@ class Displacement:
             planned_steps=planned_steps,
             every_n_steps=every_n_steps,
             speed=0.0 if reason else meta_learning_rate,
-            ramps=initial_search,
+            ramps=initial_search and not _warms_up(optimizer),
             decays=self.final_decay,
             has_schedule=has_schedule,
             plays=is_player,
@@ -233,8 +233,10 @@ class Tuner:
         self.applied.note(self.steps, self.values_in_force())
         if self._guards and self._snapshot is None:
             self._snapshot = Snapshot(self._modules, self.optimizer)
-        if self.rule.ramps and self.rates.base != self._first_base:
-            self.rule.ramps = False  # somebody moves the rate, so it is a plan
+        if self.rule.ramps:
+            # A rate that somebody moves is a plan, and one of zero too.
+            base = self.rates.base[: len(self._first_base)]
+            self.rule.ramps = base == self._first_base and all(base)
         if self.rule.samples(self.steps):
             self.average.follow()
             sums = self._measure()
@@ -318,9 +320,7 @@ class Tuner:
                     "tried from the same snapshot, as long as that learns more in as many steps."
                 )
             self._apply()
-            divisor = math.exp(-self.rule.log_factors[0])
-            reason = f"the given rate diverged: it was divided by {divisor:.3g}, the best of those tried"
-            self.search_result = SearchResult(self.rates.applied[0], self.steps, reason)
+            self.search_result = self._end_of_trials()
         record = self._update(held_out, passes) if due else None
         if self.rule.is_decaying or self.rule.is_ramping(self.steps):
             self._apply()
@@ -380,8 +380,8 @@ class Tuner:
         return numbers[: len(losses)], [rows[at : at + groups] for at in range(0, len(rows), groups)]
 
     def _update(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
-        looks = self._searches and not (self.rule.is_ramping(self.steps) or self.rule.is_searching)
-        if looks and self.search_result is None:
+        is_open = self.rule.is_early(self.steps) or self.rule.is_searching
+        if self._searches and self.search_result is None and not is_open:
             self.search_result = self._end_of_search()
         found = self.learn(held_out, passes)
         if self._snapshot is not None and not self.rule.is_searching and self._watch.has_improved():
@@ -421,11 +421,22 @@ class Tuner:
     def _end_of_search(self) -> SearchResult:
         steps, factor = self.rule.ramp_steps, math.exp(self.rule.log_factors[0])
         rate = self.rates.base[0] * factor
-        if not self.rule.ramps:
-            return SearchResult(rate, 0, "a schedule is a plan, so the rate is where it says")
-        if steps == 0:
-            return SearchResult(rate, 0, "the given rate moves the weights, so it stays")
-        return SearchResult(rate, steps, f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}")
+        if steps > 0:
+            reason = f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}"
+        elif self.rule.has_schedule:
+            reason = "a schedule is a plan, so the rate is where it says"
+        elif not self.rule.ramps:
+            reason = "the optimizer, or somebody else, moves the rate, so it stays where they say"
+        else:
+            reason = "the given rate moves the weights, so it stays"
+        return SearchResult(rate, steps, reason)
+
+    def _end_of_trials(self) -> SearchResult:
+        log_factor = self.rule.log_factors[0]
+        learned = self.rule.best_loss < self._watch.first - 0.05 * abs(self._watch.first)
+        found = "the best of those tried" if learned else "though none of those tried learned anything so soon"
+        reason = f"the given rate diverged: it was divided by {math.exp(-log_factor):.3g}, {found}"
+        return SearchResult(self.rates.base[0] * math.exp(log_factor), self.steps, reason)
 
     def _record(self, found: dict[str, Any], trouble: str = "", note: str = "") -> dict[str, Any]:
         diagnostics = found.pop("diagnostics", {})
@@ -540,15 +551,21 @@ class Tuner:
         device = next((p.device for group in self.optimizer.param_groups for p in group["params"]), None)
         self._losses = [torch.tensor(value, device=device) for value in state["losses"]]
         self._measured = [torch.tensor(sums, dtype=torch.float64, device=device) for sums in state["measured"]]
-        if state["average"]:
-            self.average.load_state_dict(state["average"])
+        if not self.average.load_state_dict(state["average"]):
+            self.average.restart(self.steps)
+            self.rule.begin_anew(self.steps)
         self.applied.load_state_dict(state["applied"])
         self.history = copy.deepcopy(state["history"])
         self.search_result = SearchResult(**state["search_result"]) if state["search_result"] else None
         # The optimizer's saved groups show the applied rates.
         self.rates.rebase(state["base_rates"])
+        # The snapshot that trials go back to is not saved.
+        was_searching = self.rule.is_searching
+        self.rule.end_search()
         self._apply()
         self._first_base = self.rates.base
+        if was_searching:
+            self.search_result = self._end_of_trials()
 
     def close(self) -> None:
         """Leave the optimizer: no hooks, plain numbers in the groups, at the applied rates."""
@@ -578,6 +595,12 @@ def why_not_in_proportion(optimizer: torch.optim.Optimizer) -> str:
     if any("d" in group and "growth_rate" in group for group in optimizer.param_groups):
         return f"{name} estimates its own step size (the 'd' of its parameter groups)."
     return ""
+
+
+def _warms_up(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the first steps are shorter by design, and say nothing about the rate: RAdam, schedule-free optimizers."""
+    is_rectified = any(base.__name__ == "RAdam" for base in type(optimizer).__mro__)
+    return is_rectified or any(group.get("warmup_steps") for group in optimizer.param_groups)
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

@@ -298,18 +298,83 @@ def test_weights_that_do_not_move_at_all_in_their_precision_are_no_dead_end() ->
     assert loss.item() < 1e-2
 
 
-@pytest.mark.parametrize("rate", [0.0, 1e-9])
-def test_where_nothing_is_to_be_learned_no_rate_rises(rate: float) -> None:
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([weight], lr=rate)
-    tuner = Displacement().attach(optimizer, planned_steps=100)
-    for step in range(100):
-        if rate == 0:  # a warm-up by hand, from nothing
-            optimizer.param_groups[0]["lr"] = 1e-4 * step
-        weight.grad = torch.full((3,), 1.0 if rate == 0 else 0.0)
+def fast(optimizer: torch.optim.Optimizer, gradient: Callable[[int], Any], steps: int = 100, **options: Any) -> Any:
+    """A loop in which gradients come from nowhere; the largest factor of each group."""
+    tuner = Displacement(**options).attach(optimizer, planned_steps=1000)
+    largest = [1.0] * len(optimizer.param_groups)
+    for step in range(steps):
+        for group, value in zip(optimizer.param_groups, gradient(step), strict=True):
+            for parameter in group["params"]:
+                parameter.grad = None if value is None else torch.full_like(parameter, value)
         optimizer.step()
         tuner.step()
-    assert max(record["learning_rates"][0] / max(record["base_rates"][0], 1e-9) for record in tuner.history) < 3
+        largest = [max(pair) for pair in zip(largest, tuner.factors(), strict=True)]
+    return largest
+
+
+def weights(count: int) -> list[dict[str, Any]]:
+    return [{"params": [nn.Parameter(torch.ones(3))]} for _ in range(count)]
+
+
+def test_without_a_gradient_no_rate_rises() -> None:
+    assert fast(torch.optim.SGD(weights(1), lr=1e-9), lambda step: [0.0]) == [1.0]
+
+
+def test_a_rate_of_zero_is_no_rate_to_raise() -> None:
+    groups = weights(2)
+    groups[1]["lr"] = 0.0
+    assert fast(torch.optim.SGD(groups, lr=1e-2), lambda step: [1e-2, 1.0], per="group")[1] == 1.0
+    optimizer = torch.optim.SGD(weights(1), lr=0.0)
+
+    def waits_and_warms_up(step: int) -> list[float]:
+        if step >= 10:
+            optimizer.param_groups[0]["lr"] = 1e-3
+        return [1.0]
+
+    assert fast(optimizer, waits_and_warms_up, steps=20)[0] < 5  # what updates give
+
+
+def test_a_group_whose_gradients_come_late_does_not_jump() -> None:
+    late = lambda step: [1.0, 1.0 if step >= 50 else None]  # noqa: E731
+    assert fast(torch.optim.SGD(weights(2), lr=1e-2), late, steps=55, per="group")[1] < 2
+
+
+def test_steps_that_an_optimizer_makes_small_at_first_say_nothing() -> None:
+    assert fast(torch.optim.RAdam(weights(1), lr=1e-2), lambda step: [1e-6], steps=12)[0] < 3
+    assert fast(torch.optim.RAdam(weights(1), lr=1e-2), lambda step: [1.0], steps=12)[0] < 3
+
+
+def test_a_resumed_run_whose_average_is_not_saved_does_not_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_l2l.tuner.LARGEST_SAVED", 0)
+    optimizer = torch.optim.SGD(weights(1), lr=1e-2)
+    first = Displacement().attach(optimizer, planned_steps=1000)
+
+    def go(tuner: Any, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+            optimizer.step()
+            tuner.step()
+
+    go(first, 40)
+    state, factor = first.state_dict(), first.factors()[0]
+    first.close()
+    second = Displacement().attach(optimizer, planned_steps=1000)
+    second.load_state_dict(state)
+    go(second, 20)
+    assert second.factors()[0] < 3 * factor
+
+
+@pytest.mark.parametrize("options", [{"meta_learning_rate": 0}, {"initial_search": False}, {"has_schedule": True}])
+def test_what_a_resumed_run_must_not_raise_stays(options: Any) -> None:
+    optimizer = torch.optim.SGD(weights(1), lr=1e-9)
+    state = Displacement().attach(optimizer, planned_steps=1000).state_dict()
+    tuner = Displacement().attach(optimizer, planned_steps=1000, **options)
+    tuner.load_state_dict(state)
+    for _ in range(9):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+        optimizer.step()
+        tuner.step()
+    assert tuner.factors() == [1.0]
 
 
 def test_maximizing_is_minimizing_the_negative() -> None:

@@ -101,6 +101,30 @@ def test_a_rate_that_diverges_at_once_is_searched_below(trainer: Any, make: Any)
     assert final_loss(module) < 0.5 * math.log(CLASSES)
 
 
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_run_that_is_resumed_in_the_search_goes_on_with_the_best_rate_so_far(guard: bool) -> None:
+    def run(optimizer: Any, weight: Tensor, tuner: Any, steps: int) -> Tensor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = 0.5 * weight.square().sum()
+            loss.backward()
+            optimizer.step()
+            tuner.step(loss)
+        return loss
+
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=10.0)
+    first = Displacement().attach(optimizer, planned_steps=500)
+    while not first.rule.is_searching:
+        run(optimizer, weight, first, 1)
+    state = first.state_dict()
+    first.close()
+    second = Displacement().attach(optimizer, planned_steps=500, divergence_guard=guard)
+    second.load_state_dict(state)
+    assert not second.rule.is_searching and "diverged" in second.search_result.reason
+    assert run(optimizer, weight, second, 100).item() < 1 or not guard
+
+
 @pytest.mark.filterwarnings(LOST)
 def test_the_rate_of_a_schedule_is_cut_by_a_factor(trainer: Any) -> None:
     schedule = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.99)  # noqa: E731

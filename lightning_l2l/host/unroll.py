@@ -157,9 +157,8 @@ class UnrollTuner(Tuner):
         if not self._is_rehearsed and self._remembered:
             self._is_rehearsed = True
             self._rehearse()
-        rollbacks = self.rollbacks
         record = super().step(loss, held_out=held_out, compare=compare, passes=passes)
-        if self.rollbacks > rollbacks:
+        if record is not None and record["diagnostics"]["trouble"] == "rolled_back":
             self._meta_optimizer.state.clear()  # what it remembers was seen elsewhere
         return record
 
