@@ -598,7 +598,7 @@ def why_not_in_proportion(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _warms_up(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the first steps are shorter by design, and say nothing about the rate: RAdam, schedule-free optimizers."""
+    """Whether the first steps are short by design, and say nothing about the rate: RAdam, schedule-free optimizers."""
     is_rectified = any(base.__name__ == "RAdam" for base in type(optimizer).__mro__)
     return is_rectified or any(group.get("warmup_steps") for group in optimizer.param_groups)
 
