@@ -192,7 +192,7 @@ class LearnToLearn(pl.Callback):
             self._say(
                 "players",
                 "several optimizers are stepped by hand, so each is taken for a player of a game: its rate is raised "
-                "only where it hardly moves the weights.",
+                "only where the weights do not move at all, or nearly.",
             )
         # How often training_step steps by hand is not known, and what its losses say of each optimizer neither.
         planned_steps = math.inf if manual else lightning_api.planned_steps(trainer)

@@ -82,6 +82,7 @@ class RunningAverage:
         self._average: dict[Tensor, Tensor] = {}
         self._followed: list[int] = []
         self._last = 0
+        self._has_matrices = False
         self.follow()
 
     def follow(self) -> None:
@@ -93,6 +94,7 @@ class RunningAverage:
         parameters = [parameter for parameter in parameters if not is_lazy(parameter)]
         self._average = {p: self._average[p] if p in self._average else _copied(p) for p in parameters}
         self._followed = followed if len(parameters) == len(followed) else []
+        self._has_matrices = any(parameter.dim() > 1 for parameter in parameters)
         # Then sums over the parameters are sums over all processes (FSDP2).
         self.is_sharded = any(hasattr(parameter, "to_local") for parameter in parameters)
 
@@ -116,30 +118,34 @@ class RunningAverage:
 
     @torch.no_grad()
     def measure(self, group: int) -> Tensor:
-        """Where a group stands: ``[<g, d>, <g, g>, <d, d>, <w, w>]`` for gradient g, displacement d and weights w.
+        """Where a group stands: ``[<g, d>, <g, g>, <d, d>, <D, D>, <W, W>]`` for gradient g and displacement d.
 
+        D and W are displacement and weights of its matrices, and of all parameters where the optimizer has none: a
+        single number may be large by nature, a bias is zero at first, and neither says whether the weights move.
         Sums over all shards; parameters without a gradient do not count. Where the optimizer maximizes, the sign of g
         is turned. One float64 tensor (float32 on Apple's GPUs) on the device, so nothing waits for it.
         """
         options = self.optimizer.param_groups[group]
         parameters = [p for p in options["params"] if p.grad is not None and p in self._average]
         if not parameters:
-            return torch.zeros(4)
+            return torch.zeros(5)
         averages = [self._average[p] for p in parameters]
         gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
         parts = list(
             zip(self._seen_as(parameters, averages), averages, self._seen_as(gradients, averages), strict=True)
         )
+        counts = [parameter.dim() > 1 or not self._has_matrices for parameter in parameters]
         if not self.is_sharded:
-            parts = _joined(parts)  # one call each for many small tensors
+            parts, counts = _joined(parts, counts)  # one call each for many small tensors
         rows = []
-        for weights, average, gradient in parts:
+        for (weights, average, gradient), is_counted in zip(parts, counts, strict=True):
             moved = (weights - average).view(-1)
             weights, gradient = weights.reshape(-1), gradient.reshape(-1)
-            rows += [gradient.dot(moved), gradient.dot(gradient), moved.dot(moved), weights.dot(weights)]
+            rows += [gradient.dot(moved), gradient.dot(gradient), moved.dot(moved)]
+            rows += [rows[-1], weights.dot(weights)] if is_counted else [rows[-1].new_zeros(())] * 2
         device = rows[0].device
         double = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.stack([row.to(device) for row in rows]).to(double).view(-1, 4)
+        sums = torch.stack([row.to(device) for row in rows]).to(double).view(-1, 5)
         if self.is_sharded:
             sums = sums * torch.tensor([[_share(p)] for p in parameters], dtype=double, device=device)
         total = sums.sum(0)
@@ -168,14 +174,24 @@ class RunningAverage:
         return True
 
 
-def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The same with the small tensors of one device and dtype end to end."""
-    small = [part for part in parts if part[0].numel() <= _SMALL and part[0].dtype == parts[0][0].dtype]
-    if len(small) < 3 or len({tensor.device for tensor, _, _ in parts}) > 1:
-        return parts
-    joined = tuple(torch.cat([tensor.reshape(-1) for tensor in column]) for column in zip(*small, strict=True))
-    chosen = {id(part) for part in small}
-    return [part for part in parts if id(part) not in chosen] + [joined]  # type: ignore[list-item]
+def _joined(
+    parts: list[tuple[Tensor, Tensor, Tensor]], counts: list[bool]
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[bool]]:
+    """The same with the small tensors of one device and dtype end to end, those that count and those that do not."""
+    if len({tensor.device for tensor, _, _ in parts}) > 1:
+        return parts, counts
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    kinds: list[bool] = []
+    for kind in (True, False):
+        mine = [part for part, is_counted in zip(parts, counts, strict=True) if is_counted is kind]
+        small = [part for part in mine if part[0].numel() <= _SMALL and part[0].dtype == mine[0][0].dtype]
+        if len(small) > 2:
+            chosen = {id(part) for part in small}
+            joined = [torch.cat([tensor.reshape(-1) for tensor in column]) for column in zip(*small, strict=True)]
+            mine = [part for part in mine if id(part) not in chosen] + [(joined[0], joined[1], joined[2])]
+        found += mine
+        kinds += [kind] * len(mine)
+    return found, kinds
 
 
 def _copied(parameter: Tensor) -> Tensor:
@@ -212,6 +228,8 @@ class Rule:
         decays: Whether the rate may fall to zero at the end.
         has_schedule: Whether a scheduler moves the rate, too. It is a plan: nothing rises fast, nothing rises after a
             few passes over the data, nothing falls to zero.
+        is_guarded: Whether a run that is lost is taken back. Else a rate rises at once only where the weights do not
+            move at all, or nearly.
         plays: Whether this is one player of a game, whose steps count against those of others. It may go on for ever in
             one direction without progress, so there only a rate that is far too small rises.
     """
@@ -227,11 +245,13 @@ class Rule:
         ramps: bool,
         decays: bool,
         has_schedule: bool = False,
+        is_guarded: bool = True,
         plays: bool = False,
     ) -> None:
         self.planned_steps = planned_steps
         self.only_observes = speed == 0
         self.has_schedule = has_schedule
+        self._is_guarded = is_guarded
         self.ramps = ramps and speed > 0 and not has_schedule
         self.log_factors = [0.0] * units
         self.ramp_steps = 0
@@ -280,16 +300,16 @@ class Rule:
         return step <= _EARLY * self._length
 
     def see(self, step: int, measured: Iterable[Sequence[float]], unit: int = 0) -> None:
-        """Measurements of a unit since the last call, each ``[<g, d>, <g, g>, <d, d>, <w, w>]``."""
+        """Measurements of a unit since the last call, each as :meth:`RunningAverage.measure` has them."""
         sums = self._sums[unit]
-        last: Sequence[float] = (0.0, 0.0, 0.0, 0.0)
+        last: Sequence[float] = (0.0,) * 5
         for last in measured:
             found = cosine(*last[:3])
             if not math.isnan(found):
                 sums[0] += 1
                 sums[1] += found
                 sums[2] += found**2
-        _, gradient, moved, weights = last
+        _, gradient, _, moved, weights = last
         if gradient > 0 and weights > 0:
             begun = self._begun[unit]
             if begun is None:
@@ -303,8 +323,8 @@ class Rule:
         count, total, _ = self._sums[unit]
         per_step = moved / min(steps, (step + 8) / 9)
         nowhere = moved < _NOWHERE and (count == 0 or total < 0)
-        if per_step * self._length < _STILL and (nowhere or total < _UNANIMOUS * count):
-            self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere else _RAMP)
+        if per_step * self._length < _STILL and (nowhere or self._is_guarded and total < _UNANIMOUS * count):
+            self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere and self._is_guarded else _RAMP)
             self.ramp_steps = step
 
     def evidence(self, unit: int = 0) -> tuple[float, float]:
@@ -390,6 +410,7 @@ class Rule:
             lower = value - math.log(by)
             self.log_factors[unit] = lower if was_given else max(lower, min(value, 0.0))
         self._floor = min(self._floor, *self.log_factors)
+        self.ramps = False  # the weights have moved
         if not self.is_searching and searches and was_given and self._fits(step):
             self.best_loss, self._chosen, self.trial_ends = math.inf, [], step
         if self.is_searching:

@@ -113,7 +113,7 @@ class Displacement:
             divergence_guard: Whether a diverged run is rolled back.
             has_schedule: Whether a scheduler moves the rate, too.
             is_player: Whether it is one of several whose losses work against each other (GANs): then a rate rises only
-                where it hardly moves the weights, since progress against another player is no progress by itself.
+                where the weights do not move at all, since progress against another player is no progress by itself.
             modules: The modules that are trained, for the guard's snapshot.
             seed: Of what is drawn.
 
@@ -133,6 +133,7 @@ class Displacement:
             ramps=initial_search and not _warms_up(optimizer),
             decays=self.final_decay,
             has_schedule=has_schedule,
+            is_guarded=divergence_guard,
             plays=is_player,
         )
         return Tuner(optimizer, rule, modules=modules, search=initial_search, guard=divergence_guard, seed=seed)
@@ -376,7 +377,7 @@ class Tuner:
             stacked /= torch.distributed.get_world_size()
         numbers = torch.cat([stacked, *[sums.flatten() for sums in measured]]).tolist()
         groups = len(self.optimizer.param_groups)
-        rows = [numbers[at : at + 4] for at in range(len(losses), len(numbers), 4)]
+        rows = [numbers[at : at + 5] for at in range(len(losses), len(numbers), 5)]
         return numbers[: len(losses)], [rows[at : at + groups] for at in range(0, len(rows), groups)]
 
     def _update(self, held_out: HeldOutGradient | None, passes: float) -> dict[str, Any]:
@@ -405,7 +406,7 @@ class Tuner:
                 with held_out(len(self.history), None) as loss:
                     sums = self._measure()
                     *numbers, held_out_loss = torch.cat([sums.flatten(), loss.detach().reshape(1).to(sums)]).tolist()
-                rows = [numbers[at : at + 4] for at in range(0, len(numbers), 4)]
+                rows = [numbers[at : at + 5] for at in range(0, len(numbers), 5)]
                 held_out_cosines = [cosine(*self._of_unit(rows, unit)[:3]) for unit in self._units]
             except HeldOutError as error:
                 self.held_out_error = error
@@ -423,6 +424,8 @@ class Tuner:
         rate = self.rates.base[0] * factor
         if steps > 0:
             reason = f"the given rate hardly moved the weights: it was multiplied by {factor:.3g}"
+        elif self.rollbacks > 0:
+            reason = "the run was lost, and the rate cut"
         elif self.rule.has_schedule:
             reason = "a schedule is a plan, so the rate is where it says"
         elif not self.rule.ramps:

@@ -57,8 +57,9 @@ class SlowTwin:
     def sampled(self, t: int) -> bool:
         return t % max(1, t // SAMPLES) == 0
 
-    def sums(self, unit: int) -> tuple[float, float, float, float]:
-        along = gradients = moved = weights = 0.0
+    def sums(self, unit: int) -> tuple[float, float, float, float, float]:
+        along = gradients = moved = far = weights = 0.0
+        has_matrices = any(p.dim() > 1 for group in self.optimizer.param_groups for p in group["params"])
         for group in self.units[unit]:
             for p in group["params"]:
                 if p in self.average and p.grad is not None:
@@ -66,11 +67,13 @@ class SlowTwin:
                     away = p.detach().double() - self.average[p]
                     along += (gradient * away).sum().item()
                     gradients, moved = gradients + gradient.square().sum().item(), moved + away.square().sum().item()
-                    weights += p.detach().double().square().sum().item()
-        return along, gradients, moved, weights
+                    if p.dim() > 1 or not has_matrices:
+                        far += away.square().sum().item()
+                        weights += p.detach().double().square().sum().item()
+        return along, gradients, moved, far, weights
 
     def cosine(self, unit: int) -> float:
-        along, gradients, moved, _ = self.sums(unit)
+        along, gradients, moved, *_ = self.sums(unit)
         return along / math.sqrt(gradients * moved) if gradients * moved > 0 else math.nan
 
     def before_step(self) -> None:
@@ -82,7 +85,7 @@ class SlowTwin:
             found = self.cosine(unit)
             if not math.isnan(found):
                 cosines.append(found)
-            _, gradient, moved, weights = self.sums(unit)
+            _, gradient, _, moved, weights = self.sums(unit)
             if not self.ramps or not gradient or not 3 < self.t + 1 <= EARLY * self.planned:
                 continue
             moved = math.sqrt(moved / weights)
@@ -228,7 +231,7 @@ def train(
 ) -> tuple[Any, SlowTwin]:
     """A loop of plain PyTorch with the estimator and its twin."""
     twin = SlowTwin(optimizer, steps, per, ramps=ramps)
-    tuner = Displacement(per=per).attach(optimizer, planned_steps=steps, initial_search=ramps, divergence_guard=False)
+    tuner = Displacement(per=per).attach(optimizer, planned_steps=steps, initial_search=ramps, divergence_guard=ramps)
     for step in range(steps):
         each(step)
 
