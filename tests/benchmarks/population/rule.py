@@ -75,7 +75,7 @@ class Rule(LeaveAlone):
         self.initial, self.smooth, self.age, self.trouble, self.peak = torch.zeros(5, runs)
         self.lowest = torch.full((runs,), math.inf)
         self.decay = torch.full((runs,), math.inf)  # the step from which the rate decays
-        self.searching = torch.zeros(runs, dtype=torch.bool)
+        self.searching, self.returned = torch.zeros(2, runs, dtype=torch.bool)
         self.result, self.chosen = torch.full((runs,), math.inf), torch.zeros(runs)
 
     def times(self) -> set[int]:
@@ -105,6 +105,7 @@ class Rule(LeaveAlone):
         length = max(10, math.ceil(self.steps / self.trial)) if math.isfinite(self.steps) else 20
         tried = self.searching & ~lost & (self.age >= length)
         better = tried & (self.smooth < self.result - self.worth * self.initial.abs())
+        self.returned |= lost
         self.result = torch.where(better, self.smooth, self.result)
         self.chosen = torch.where(better, self.log, self.chosen)
         self.log = torch.where(better, self.log - math.log(3), torch.where(tried, self.chosen, self.log))
@@ -120,7 +121,7 @@ class Rule(LeaveAlone):
             # Absurdly low: to the end, the weights would hardly move, and all gradients say further.
             steps = self.steps if math.isfinite(self.steps) else 1000
             per_step = moved / (self.age + 1).clamp(max=(t + 9) / 9)
-            absurd = (per_step * steps < self.still) & (self.age > 2) & ~self.scheduled
+            absurd = (per_step * steps < self.still) & (self.age > 2) & ~self.scheduled & ~self.returned
             absurd &= self.sum < torch.where(moved < 1e-5, 0.0, -0.1) * self.count
             if t < self.start * steps:
                 step = torch.where(moved < 1e-5, math.log(10), math.log(2))
