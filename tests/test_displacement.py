@@ -347,6 +347,26 @@ def test_steps_that_an_optimizer_makes_small_at_first_say_nothing() -> None:
     assert fast(torch.optim.RAdam(weights(1), lr=1e-2), lambda step: [1.0], steps=12)[0] < 3
 
 
+def test_a_single_large_weight_does_not_hide_that_the_others_move() -> None:
+    group = {"params": [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.tensor(1e6))]}
+    assert fast(torch.optim.Adam([group], lr=3e-3), lambda step: [1.0], steps=12)[0] < 3
+
+
+def test_without_a_guard_a_rate_rises_at_once_only_where_nothing_moves() -> None:
+    def factor(rate: float, guard: bool) -> float:
+        weight = nn.Parameter(torch.ones(3, 3))
+        optimizer = torch.optim.SGD([weight], lr=rate)
+        tuner = Displacement().attach(optimizer, planned_steps=1000, divergence_guard=guard)
+        for _ in range(9):  # no update yet
+            weight.grad = torch.ones(3, 3)
+            optimizer.step()
+            tuner.step()
+        return tuner.factors()[0]
+
+    assert factor(1e-4, True) > 1 and factor(1e-4, False) == 1
+    assert 1 < factor(1e-9, False) < factor(1e-9, True)
+
+
 def test_a_resumed_run_whose_average_is_not_saved_does_not_jump(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_l2l.tuner.LARGEST_SAVED", 0)
     optimizer = torch.optim.SGD(weights(1), lr=1e-2)
