@@ -42,6 +42,9 @@ _UNKNOWN = 1000  # steps that are assumed where something is in proportion to a 
 # A rate at which the weights would move by less than _STILL of their norm until the end is doubled at once while the
 # cosine is below _UNANIMOUS, early on; one at which they have moved by less than _NOWHERE is multiplied by ten.
 _STILL, _RAMP, _UNANIMOUS = 0.3, 2.0, -0.1
+# At less than _CARELESS, nobody has chosen the rate. Then it is doubled while gradients agree at all, and from _STILL to
+# _BOLD as long as they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY).
+_CARELESS, _BOLD, _NEARLY, _CLEARLY = 0.003, 4.0, 0.7, -0.2
 _NOWHERE, _RAMP_FROM_NOWHERE, _SETTLED = 1e-5, 10.0, 3
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
 # The search for a rate, where the one that was given diverges: steps of each trial, as a part of the training and at
@@ -52,6 +55,7 @@ _HELD_OUT_MEMORY, _FEW_PASSES = 0.6, 3
 _STATE = (
     "log_factors", "ramps", "ramp_steps", "trial_ends", "best_loss", "_chosen", "_floor", "_ceilings", "_sums",
     "_held_out", "_peak", "_scheduled", "_decay_from", "_last", "_next", "_origin", "_begun",
+    "_chosen_by_user", "_still",
 )  # fmt: skip
 
 
@@ -274,6 +278,8 @@ class Rule:
         self._decay_at = math.ceil(_DECAY_AT * planned_steps) if self._decays else math.inf
         self._origin = 0
         self._begun: list[int | None] = [None] * units  # the step before a unit's first gradient
+        self._chosen_by_user: list[bool | None] = [None] * units  # None: not known yet
+        self._still = [[0.0, 0.0] for _ in range(units)]  # sum and count of the cosines while the weights hardly moved
 
     def resize(self, units: int) -> None:
         """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
@@ -281,6 +287,8 @@ class Rule:
         for values, new in ((self.log_factors, 0.0), (self._ceilings, math.inf), (self._held_out, 0.0)):
             values[units:] = [new] * (units - len(values))
         self._begun[units:] = [None] * (units - len(self._begun))
+        self._chosen_by_user[units:] = [None] * (units - len(self._chosen_by_user))
+        self._still[units:] = [[0.0, 0.0] for _ in range(units - len(self._still))]
         self._sums[units:] = [[0.0, 0.0, 0.0] for _ in range(units - len(self._sums))]
 
     def samples(self, step: int) -> bool:
@@ -303,6 +311,7 @@ class Rule:
         """Measurements of a unit since the last call, each as :meth:`RunningAverage.measure` has them."""
         sums = self._sums[unit]
         last: Sequence[float] = (0.0,) * 5
+        found = math.nan
         for last in measured:
             found = cosine(*last[:3])
             if not math.isnan(found):
@@ -316,14 +325,26 @@ class Rule:
                 begun = self._begun[unit] = step - 1
             steps = step - max(begun, self._origin)
             if self.ramps and steps > _SETTLED and self.is_early(step):
-                self._ramp(step, math.sqrt(moved / weights), steps, unit)
+                self._ramp(step, math.sqrt(moved / weights), steps, found, unit)
 
-    def _ramp(self, step: int, moved: float, steps: int, unit: int) -> None:
+    def _ramp(self, step: int, moved: float, steps: int, last: float, unit: int) -> None:
         """Raise a rate at which nothing would ever happen; where the dtype is too coarse, no weight moves at all."""
         count, total, _ = self._sums[unit]
-        per_step = moved / min(steps, (step + 8) / 9)
+        reach = moved / min(steps, (step + 8) / 9) * self._length
+        if self._chosen_by_user[unit] is None:
+            self._chosen_by_user[unit] = reach >= _CARELESS
         nowhere = moved < _NOWHERE and (count == 0 or total < 0)
-        if per_step * self._length < _STILL and (nowhere or self._is_guarded and total < _UNANIMOUS * count):
+        if nowhere or self._chosen_by_user[unit]:
+            rises = reach < _STILL and (nowhere or total < _UNANIMOUS * count)
+        elif reach < _STILL:
+            rises = total < 0
+        else:
+            agreed, cosines = self._still[unit]
+            asked = max(_CLEARLY, _NEARLY * agreed / max(1, cosines))
+            rises = reach < _BOLD and last < min(0.0, asked) and total < max(_UNANIMOUS, asked) * count
+        if reach < _STILL and not math.isnan(last):
+            self._still[unit] = [self._still[unit][0] + last, self._still[unit][1] + 1]
+        if rises and (nowhere or self._is_guarded):
             self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere and self._is_guarded else _RAMP)
             self.ramp_steps = step
 
@@ -357,14 +378,14 @@ class Rule:
             if held_out and not math.isnan(held_out[unit]):
                 self._held_out[unit] += (1 - _HELD_OUT_MEMORY) * (held_out[unit] - self._held_out[unit])
                 mean = max(mean, self._held_out[unit])
-            elif passes > _FEW_PASSES:
+            elif passes >= _FEW_PASSES:
                 mean = max(mean, -_MARGIN)
             means.append(mean)
             if math.isnan(mean) or not is_level or self._decay_from < math.inf or self.is_searching:
                 continue
             rise = min(1.0, max(0.0, (-mean - error - _MARGIN - _EARLY_MARGIN * early) / _FULL))
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
-            if self._plays or self.has_schedule and passes > _FEW_PASSES:
+            if self._plays or self.has_schedule and passes >= _FEW_PASSES:
                 rise = 0.0
             moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
             self.log_factors[unit] = max(moved, min(self._floor, value))

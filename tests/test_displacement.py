@@ -22,6 +22,7 @@ Parameters = list[Tensor]
 FIRST, RATIO, SPEED, MARGIN, FULL, EARLY_MARGIN, EARLY = 10.0, 1.2, 2.0, 0.05, 0.2, 0.3, 0.2
 DECAY_AT, PROGRESS, MEMORY, PASSES, SAMPLES = 0.85, -0.02, 0.6, 3, 64
 STILL, RAMP, UNANIMOUS, NOWHERE, FROM_NOWHERE = 0.3, 2.0, -0.1, 1e-5, 10.0
+CARELESS, BOLD, NEARLY, CLEARLY = 0.003, 4.0, 0.7, -0.2
 
 
 class SlowTwin:
@@ -48,6 +49,8 @@ class SlowTwin:
         self.base = [float(group["lr"]) for group in optimizer.param_groups]
         self.log = [0.0] * len(self.units)
         self.held = [0.0] * len(self.units)
+        self.reaches: list[list[float]] = [[] for _ in self.units]
+        self.still: list[list[float]] = [[] for _ in self.units]
         self.cosines: list[list[float]] = [[] for _ in self.units]
         self.t, self.next, self.folded, self.decay_from = 0, FIRST, 0, math.inf
         self.end, self.last, self.passes = math.ceil(DECAY_AT * planned), 0, 0.0
@@ -90,9 +93,20 @@ class SlowTwin:
                 continue
             moved = math.sqrt(moved / weights)
             nowhere = moved < NOWHERE and (not cosines or sum(cosines) < 0)
-            if moved / min(self.t + 1, (self.t + 9) / 9) * self.planned < STILL and (
-                nowhere or sum(cosines) / len(cosines) < UNANIMOUS
-            ):
+            reach = moved / min(self.t + 1, (self.t + 9) / 9) * self.planned
+            self.reaches[unit].append(reach)
+            agree = sum(cosines) / len(cosines) if cosines else math.nan
+            if self.reaches[unit][0] >= CARELESS:
+                rises = reach < STILL and agree < UNANIMOUS
+            elif reach < STILL:
+                rises = agree < 0
+            else:
+                still = self.still[unit]
+                asked = max(CLEARLY, NEARLY * sum(still) / len(still))
+                rises = reach < BOLD and found < min(0, asked) and agree < max(UNANIMOUS, asked)
+            if reach < STILL and not math.isnan(found):
+                self.still[unit].append(found)
+            if rises or nowhere and reach < STILL:
                 self.log[unit] += math.log(FROM_NOWHERE if nowhere else RAMP)
 
     def after_step(self) -> None:
@@ -118,7 +132,7 @@ class SlowTwin:
             if self.held_out is not None:
                 self.held[unit] = MEMORY * self.held[unit] + (1 - MEMORY) * self.cosine(unit)
                 mean = max(mean, self.held[unit])
-            elif self.passes > PASSES:
+            elif self.passes >= PASSES:
                 mean = max(mean, -MARGIN)
             means.append(mean)
             if self.decay_from == math.inf:
@@ -284,6 +298,16 @@ def test_a_rate_that_hardly_moves_the_weights_rises_at_once() -> None:
     assert_equal(tuner.history, twin, 1e-9)
     assert tuner.rates.applied[0] > 1e-4 or max(r["learning_rates"][0] for r in tuner.history) > 1e-4
     assert tuner.search_result.steps > 0 and "multiplied by" in tuner.search_result.reason
+
+
+def test_a_rate_that_nobody_can_have_chosen_rises_further_than_one_that_is_small() -> None:
+    ends = []
+    for rate in (1e-6, 4e-3):
+        parameters = two()
+        tuner, twin = train(parameters, torch.optim.SGD(parameters, lr=rate), noisy_valley(parameters), ramps=True)
+        assert_equal(tuner.history, twin, 1e-9)
+        ends.append(max(record["learning_rates"][0] for record in tuner.history[:3]))
+    assert ends[0] > 2 * ends[1]
 
 
 def test_weights_that_do_not_move_at_all_in_their_precision_are_no_dead_end() -> None:
