@@ -21,7 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from engine import Runs, Task, train
+from engine import CONSTANT, COSINE, LINE, Runs, Task, train
 from families import halves
 from opponents import OPPONENTS, Opponent
 from rule import RULES, LeaveAlone
@@ -76,8 +76,10 @@ def best(block: list[dict[str, str]], kind: str, column: str = "last") -> tuple[
 
 def baseline(task: Task, key: Key) -> list[dict[str, str]]:
     rates = 10 ** (FINEST[key[1]] + 0.5 * torch.arange(11))
-    found = train(task, key[1], key[2], Runs(torch.cat([rates, rates]), torch.arange(22) >= 11))
-    names = [f"{kind}:{rate:.4g}" for kind in ("constant", "cosine") for rate in rates.tolist()]
+    kinds = {"constant": CONSTANT, "cosine": COSINE, "linear": LINE}
+    shapes = torch.tensor(list(kinds.values())).repeat_interleave(len(rates))
+    found = train(task, key[1], key[2], Runs(rates.repeat(len(kinds)), shapes))
+    names = [f"{kind}:{rate:.4g}" for kind in kinds for rate in rates.tolist()]
     initial = task.losses(task.initial, task.test)[:, None]
     return rows(key, names, found) + rows(key, ["initial"], dict.fromkeys(COLUMNS[6:], initial))
 
@@ -222,8 +224,9 @@ def main() -> None:
         if missing:
             rates, each = start_rates(done[grid], optimizer), len(STARTS)
             parts = [((RULES | OPPONENTS)[rule](), slice(i * each, (i + 1) * each)) for i, rule in enumerate(missing)]
-            cosine = (torch.arange(each) == each - 1).repeat(len(missing))
-            found = train(task, optimizer, steps, Runs(rates.repeat(len(missing)), cosine, parts))
+            shapes = torch.tensor([COSINE if start == "cosine" else CONSTANT for start in STARTS])
+            runs = Runs(rates.repeat(len(missing)), shapes.repeat(len(missing)), parts)
+            found = train(task, optimizer, steps, runs)
             for i, rule in enumerate(missing):
                 key = (family, optimizer, steps, rule)
                 done[key] = rows(key, list(STARTS), {k: v[:, i * each : (i + 1) * each] for k, v in found.items()})
