@@ -117,16 +117,15 @@ def test_the_derivative_of_an_unroll_is_that_of_differences(optimizer: str) -> N
 
 @pytest.mark.filterwarnings("ignore:LearnToLearn. after step")
 @pytest.mark.parametrize(("rate", "optimizer"), [(1e-3, "adam"), (0.03, "adam"), (0.1, "sgd"), (30.0, "sgd")])
-def test_the_unrolls_of_the_population_are_those_of_the_callback(
-    rate: float, optimizer: str, trainer: Any
-) -> None:
+def test_the_unrolls_of_the_population_are_those_of_the_callback(rate: float, optimizer: str, trainer: Any) -> None:
     from engine import Runs, Task, train
     from families import FAMILIES
     from rule import RULES
 
     family = replace(FAMILIES["teacher"], train=2000, held=1)  # a single example is in every held-out batch
     task = Task(family, 1)
-    found = train(task, optimizer, STEPS, Runs(torch.tensor([rate]), torch.zeros(1), [(RULES["unroll"](), slice(0, 1))]))
+    runs = Runs(torch.tensor([rate]), torch.zeros(1), [(RULES["unroll"](), slice(0, 1))])
+    found = train(task, optimizer, STEPS, runs)
 
     order, held = task.batches(STEPS)[0], [p[0] for p in task.held]
     weights = torch.nn.ParameterList([p[0].clone() for p in task.split(task.initial)])

@@ -1,8 +1,8 @@
 """The package's rule of the learning rate, for many runs at once, and what every rule and opponent has.
 
-All are functions of numbers (every tensor has one entry for each run); nothing here knows a parameter. The engine calls,
-after each optimizer step, ``see`` with what the step was made with, ``decide`` on the runs that are to go back, and, at
-the steps of ``times``, ``update``; then it asks for the factor of the next step. Steps are counted as in
+All are functions of numbers (every tensor has one entry for each run); nothing here knows a parameter. After each
+optimizer step the engine calls ``see`` with what the step was made with, ``decide`` on the runs that are to go back,
+and, at the steps of ``times``, ``update``; then it asks for the factor of the next step. Steps are counted as in
 ``lightning_l2l.displacement`` and ``lightning_l2l.guard``, of which these are the formulas: ``t`` is their number so
 far.
 """
@@ -45,7 +45,9 @@ class LeaveAlone:
         """Which runs go back to the snapshot; ``worse`` are the suspected ones that do worse than it."""
         return None
 
-    def update(self, t: int, share: Tensor, held_cosine: Optional, derivative: Optional, diverged: Optional) -> Optional:
+    def update(
+        self, t: int, share: Tensor, held_cosine: Optional, derivative: Optional, diverged: Optional
+    ) -> Optional:
         """Which runs' present weights become the snapshot.
 
         ``share`` is that of the base rate by its schedule; of an unroll, the derivative of the meta-objective in the
