@@ -226,7 +226,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     done: dict[Key, float] = {}
     if arguments.results.exists():
         with arguments.results.open(newline="", encoding="utf-8") as stream:
