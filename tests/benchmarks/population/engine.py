@@ -7,6 +7,7 @@ gradient. Runs of the same seed see the same initial weights, batches and drawn 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,60 +19,54 @@ from torch import Tensor
 
 LOOKS = 20  # at the held-out loss of the average, for what is chosen by it
 WEIGHT_DECAY = 0.05
+CONSTANT, COSINE, LINE = range(3)  # shapes of a schedule
 
 
 @dataclass
 class Runs:
-    """What is trained for each seed: base rates, whether they follow a cosine, and the rule of each."""
+    """What is trained for each seed: base rates, the shape of the schedule of each, and the rules."""
 
     rates: Tensor
-    cosine: Tensor
+    shapes: Tensor
     rules: Sequence[tuple[LeaveAlone, slice]] = ()
 
 
-class Optimizer:
-    """SGD with momentum, Adam, AdamW, Muon (vectors by Adam) for rows of parameters."""
+Memory = tuple[Tensor, Tensor, Tensor]  # of an optimizer: first and second moment, steps
 
-    def __init__(self, kind: str, weights: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
-        self.kind, self.shapes = kind, shapes
-        self.first = torch.zeros_like(weights)
-        self.second = torch.zeros_like(weights)
-        self.age = torch.zeros(len(weights), 1)
-        self.kept = [state.clone() for state in (self.first, self.second, self.age)]
 
-    def direction(self, gradient: Tensor, weights: Tensor) -> Tensor:
-        self.age += 1
-        if self.kind == "sgd":
-            self.first.mul_(0.9).add_(gradient)
-            return self.first.clone()
-        beta = 0.95 if self.kind == "muon" else 0.9
-        self.first.lerp_(gradient, 1 - beta)
-        self.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        scale = (self.second / (1 - 0.999**self.age)).sqrt_().add_(1e-8)
-        step = self.first / (1 - beta**self.age) / scale
-        if self.kind == "adamw":
-            step += WEIGHT_DECAY * weights
-        if self.kind == "muon":
-            blend = torch.lerp(gradient, self.first, beta)
-            at = 0
-            for shape in self.shapes:
-                size = math.prod(shape)
-                if len(shape) == 2 and min(shape) > 1:
-                    block = blend[:, at : at + size].reshape(-1, *shape)
-                    step[:, at : at + size] = orthogonal(block).reshape(-1, size) * max(1, shape[1] / shape[0]) ** 0.5
-                else:
-                    step[:, at : at + size] *= 0.1
-                at += size
-        return step
+def fresh(weights: Tensor) -> Memory:
+    return torch.zeros_like(weights), torch.zeros_like(weights), weights.new_zeros(len(weights), 1)
 
-    def keep(self, rows: Tensor) -> None:
-        """What ``put_back`` returns to."""
-        for state, kept in zip((self.first, self.second, self.age), self.kept, strict=True):
-            kept[rows] = state[rows]
 
-    def put_back(self, rows: Tensor) -> None:
-        for state, kept in zip((self.first, self.second, self.age), self.kept, strict=True):
-            state[rows] = kept[rows]
+def direction(
+    kind: str, shapes: Sequence[tuple[int, ...]], memory: Memory, gradient: Tensor, weights: Tensor
+) -> tuple[Tensor, Memory]:
+    """What SGD with momentum, Adam, AdamW or Muon (vectors by Adam) moves rows of weights against, differentiable."""
+    first, second, age = memory
+    age = age + 1
+    if kind == "sgd":
+        first = torch.add(gradient, first, alpha=0.9)
+        return first, (first, second, age)
+    beta = 0.95 if kind == "muon" else 0.9
+    first = torch.lerp(first, gradient, 1 - beta)
+    second = torch.addcmul(0.999 * second, gradient, gradient, value=0.001)
+    # Nothing below the smallest numbers, where the root has no derivative.
+    scale = (second / (1 - 0.999**age)).clamp(min=1e-36).sqrt() + 1e-8
+    step = first / (1 - beta**age) / scale
+    if kind == "adamw":
+        step = step + WEIGHT_DECAY * weights
+    if kind == "muon":
+        blend = torch.lerp(gradient, first, beta)
+        sizes = [math.prod(shape) for shape in shapes]
+        pieces = []
+        for shape, vector, matrix in zip(shapes, step.split(sizes, 1), blend.split(sizes, 1), strict=True):
+            if len(shape) == 2 and min(shape) > 1:
+                stretch = max(1, shape[1] / shape[0]) ** 0.5
+                pieces.append(orthogonal(matrix.reshape(-1, *shape)).flatten(1) * stretch)
+            else:
+                pieces.append(0.1 * vector)
+        step = torch.cat(pieces, 1)
+    return step, (first, second, age)
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -92,7 +87,8 @@ class Task:
         self.family, self.seeds = family, seeds
         self.sizes = [math.prod(shape) for shape in family.shapes]
         generators = [torch.Generator().manual_seed(1000 * seed + 17) for seed in range(seeds)]
-        sets = [family.draw(g) for g in generators]
+        default = torch.get_default_dtype()
+        sets = [[t.to(default) if t.is_floating_point() else t for t in family.draw(g)] for g in generators]
         n, held = family.train, family.held
         self.train = [torch.stack(parts) for parts in zip(*([t[:n] for t in s] for s in sets), strict=True)]
         self.held = [torch.stack(parts) for parts in zip(*([t[n : n + held] for t in s] for s in sets), strict=True)]
@@ -107,12 +103,13 @@ class Task:
 
     def pretrain(self, generators: list[torch.Generator]) -> None:
         data = [torch.stack(parts) for parts in zip(*(self.family.pretrain(g) for g in generators), strict=True)]
-        optimizer = Optimizer("adam", self.initial, self.family.shapes)
+        memory = fresh(self.initial)
         for _ in range(400):
             index = torch.randint(data[0].shape[1], (self.seeds, 32), generator=generators[0])
             batch = [t[torch.arange(self.seeds)[:, None], index] for t in data]
             gradient = self.gradient(self.initial, batch)[1]
-            self.initial = self.initial - 3e-3 * optimizer.direction(gradient, self.initial)
+            step, memory = direction("adam", self.family.shapes, memory, gradient, self.initial)
+            self.initial = self.initial - 3e-3 * step
 
     def split(self, flat: Tensor) -> list[Tensor]:
         pieces = flat.split(self.sizes, 1)
@@ -129,6 +126,10 @@ class Task:
         each = len(flat) // self.seeds
         return self.family.loss(self.split(flat), tuple(t.repeat_interleave(each, 0) for t in part))
 
+    @torch.no_grad()
+    def batch_losses(self, flat: Tensor, batch: Sequence[Tensor]) -> Tensor:
+        return self.family.loss(self.split(flat), tuple(batch))
+
     def batches(self, steps: int) -> Tensor:
         """Indices of all training batches: passes over the data, shuffled anew for each."""
         n, size = self.family.train, min(self.family.batch, self.family.train)
@@ -141,9 +142,47 @@ class Task:
         return order.reshape(self.seeds, -1, size)[:, :steps]
 
 
+def shares(shape: Tensor, done: float) -> Tensor:
+    """Of the base rates by their schedules, after that part of the steps."""
+    cosine = 0.5 + 0.5 * math.cos(math.pi * done)
+    return torch.where(shape == COSINE, cosine, torch.where(shape == LINE, 1.0 - done, 1.0))
+
+
 def angle(x: Tensor, y: Tensor) -> Tensor:
     """Cosine of each pair of rows; NaN where there is none."""
     return ((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))).clamp(-1, 1)
+
+
+def unrolled(
+    task: Task,
+    optimizer: str,
+    weights: Tensor,
+    memory: Memory,
+    rates: Tensor,
+    batches: Sequence[Sequence[Tensor]],
+    held: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The derivative of each run's log held-out loss after a step for each batch, in the log of its rate.
+
+    It is that of the package's objective, ``log``: divided by the number of steps, NaN where it cannot be used (the
+    loss is not positive, or something not finite). The second result says which runs diverged on the way.
+    """
+    log = torch.zeros(len(weights), requires_grad=True, dtype=weights.dtype)
+    rate, now = (log.exp() * rates)[:, None], weights.detach().requires_grad_()
+    diverged = torch.zeros(len(weights), dtype=torch.bool)
+    for batch in batches:
+        parameters = task.split(now)
+        losses = task.family.loss(parameters, tuple(batch))
+        diverged |= ~losses.isfinite()
+        found = torch.autograd.grad(losses.sum(), parameters, create_graph=True)
+        step, memory = direction(
+            optimizer, task.family.shapes, memory, torch.cat([g.flatten(1) for g in found], 1), now
+        )
+        now = now - rate * step
+    reached = task.family.loss(task.split(now), tuple(held))
+    (derivative,) = torch.autograd.grad(reached.sum(), log)
+    usable = (reached > 0) & ~diverged
+    return torch.where(usable, derivative / reached.detach() / len(batches), math.nan), diverged
 
 
 def returned(weights: Tensor, others: Sequence[tuple[Opponent, Tensor]]) -> Tensor:
@@ -160,65 +199,80 @@ def train(task: Task, optimizer: str, steps: int, runs: Runs) -> dict[str, Tenso
     weights = task.initial.repeat_interleave(each, 0)
     start, average = weights.clone(), weights.clone()
     chosen, lowest = weights.clone(), torch.full((len(weights),), math.inf)
-    state = Optimizer(optimizer, weights, family.shapes)
-    base, cosine = runs.rates.repeat(seeds), runs.cosine.repeat(seeds)
+    memory = fresh(weights)
+    base, shape = runs.rates.repeat(seeds), runs.shapes.repeat(seeds)
     order = task.batches(steps)
-    noise = torch.Generator().manual_seed(5)
+    noise, drawn = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
     held_size, per_seed = min(family.batch, task.held[0].shape[1]), torch.arange(seeds)[:, None]
     mine = [(rule, torch.arange(seeds * each).reshape(seeds, each)[:, part].flatten()) for rule, part in runs.rules]
-    passes = steps * order.shape[2] / task.train[0].shape[1]
     for rule, index in mine:
-        rule.begin(len(index), steps, cosine[index], passes)
+        rule.begin(len(index), steps, shape[index] != CONSTANT, task.train[0].shape[1] // order.shape[2])
         if isinstance(rule, Opponent):
             rule.prepare(optimizer, weights[index], WEIGHT_DECAY, not family.nats)
     others = [(rule, index) for rule, index in mine if isinstance(rule, Opponent)]
+    times = [rule.times() for rule, _ in mine]
+    # Whether the weights move is asked of the matrices: a bias is zero at first.
+    counts = [len(form) > 1 or all(len(f) < 2 for f in family.shapes) for form in family.shapes]
+    matrices = torch.cat([torch.full((size,), c) for size, c in zip(task.sizes, counts, strict=True)])
+    matrices = matrices.nonzero().flatten()
+    watched = any(rule.watches for rule, _ in mine)
+    remembered: deque[list[Tensor]] = deque(maxlen=max([rule.unroll for rule, _ in mine], default=0))
     factor = torch.ones(len(weights))
-    asked = [rule.times() for rule, _ in mine]
-    look = max(1, steps // LOOKS)
+    look, folded = max(1, steps // LOOKS), 0
+    share = shares(shape, 0.0)
     for t in range(steps):
         pick = order[:, t]
         batch = [part[per_seed, pick].repeat_interleave(each, 0) for part in task.train]
         if family.noise:
             batch.append(torch.stack([family.noise(noise, pick.shape[1])] * len(weights)))
+        remembered.append(batch)
         loss, gradient = task.gradient(weights, batch)
-        shape = torch.where(cosine, 0.5 + 0.5 * math.cos(math.pi * t / steps), 1.0)
-        stride = max(1, t // 64)
-        sampled = t % stride == 0
-        if mine and sampled:
+        sampled = t % max(1, t // 64) == 0
+        if watched and sampled:
             way = weights - average
-            along, moved = angle(gradient, way), way.norm(dim=1) / weights.norm(dim=1)
-        for (rule, index), times in zip(mine, asked, strict=True):
-            if t in times:
-                displacement = (weights - average)[index]
-                held = None
+            along, moved = angle(gradient, way), way[:, matrices].norm(dim=1) / weights[:, matrices].norm(dim=1)
+            moved = torch.where(gradient.norm(dim=1) > 0, moved, math.nan)
+        toward, memory = direction(optimizer, family.shapes, memory, gradient, weights)
+        step = (base * share * factor)[:, None] * toward
+        for rule, index in others:
+            step[index] = rule.step(Step(*(x[index] for x in (weights, gradient, loss, toward, base, share))))
+        weights = weights - step
+        done = t + 1
+        if sampled:
+            stays = math.prod(s / (s + 9) for s in range(folded + 1, done + 1))
+            average, folded = torch.lerp(average, returned(weights, others) if others else weights, 1 - stays), done
+        share = shares(shape, done / steps)
+        for (rule, index), due in zip(mine, times, strict=True):
+            evidence = (along[index], moved[index]) if rule.watches and sampled else (None, None)
+            suspected, worse = rule.see(done, loss[index], *evidence), None
+            if suspected is not None and suspected.any():
+                rows, worse = index[suspected], suspected.clone()
+                before, now = (task.batch_losses(w[rows], [part[rows] for part in batch]) for w in (start, weights))
+                worse[suspected] = before.isfinite() & ~(now <= before)
+            back = rule.decide(done, worse)
+            if back is not None and back.any():
+                rows = index[back]
+                weights[rows], average[rows] = start[rows], start[rows]
+                for state in memory:
+                    state[rows] = 0.0
+            if done in due:
+                found = []
                 if rule.needs_held_out:
-                    choice = torch.randint(task.held[0].shape[1], (seeds, held_size), generator=noise)
+                    choice = torch.randint(task.held[0].shape[1], (seeds, held_size), generator=drawn)
                     part = [p[per_seed, choice].repeat_interleave(each, 0)[index] for p in task.held]
-                    held = angle(task.gradient(weights[index] - rule.point * displacement, part)[1], displacement)
-                keep = rule.update(t, held)
-                if rule.rescale:
-                    average[index] += (1 - rule.moved.exp())[:, None] * displacement
+                if rule.unroll:
+                    mine_of = [[p[index] for p in b] for b in remembered]
+                    rates = (base * share)[index] * rule.factor(done)
+                    state = tuple(s[index] for s in memory)
+                    found = [None, *unrolled(task, optimizer, weights[index], state, rates, mine_of, part)]
+                elif rule.needs_held_out:
+                    displacement = (weights - average)[index]
+                    found = [angle(task.gradient(weights[index], part)[1], displacement), None, None]
+                keep = rule.update(done, share[index], *(found or (None, None, None)))
                 if keep is not None:
                     start[index[keep]] = weights[index[keep]]
-                    state.keep(index[keep])
-            evidence = (along[index], moved[index]) if sampled else (None, None)
-            lost = rule.see(t, loss[index], *evidence, shape[index])
-            if lost is not None and lost.any():
-                back = index[lost]
-                weights[back], average[back], gradient[back] = start[back], start[back], 0.0
-                state.put_back(back)
-            factor[index] = rule.factor
-        direction = state.direction(gradient, weights)
-        step = (base * shape * factor)[:, None] * direction
-        for rule, index in others:
-            step[index] = rule.step(Step(*(x[index] for x in (weights, gradient, loss, direction, base, shape))))
-        weights = weights - step
-        if sampled:
-            weight = torch.full((len(weights),), min(1.0, stride * 9 / (t + 9)))
-            for rule, index in mine:
-                weight[index] = rule.weight(t, stride)
-            average = average + weight[:, None] * (returned(weights, others) - average)
-        if (t + 1) % look == 0:
+            factor[index] = rule.factor(done)
+        if done % look == 0:
             now = task.losses(average, task.held)
             better = now < lowest
             chosen = torch.where(better[:, None], average, chosen)

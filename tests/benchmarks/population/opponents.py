@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from rule import Greedy, LeaveAlone
+from rule import LeaveAlone
 from torch import Tensor
 
 ALL, ADAM = ("sgd", "adam", "adamw", "muon"), ("adam", "adamw")
@@ -77,23 +77,26 @@ class Finder(Opponent):
         self.found = torch.full((len(weights),), self.tried[0].item())
         self.losses: list[Tensor] = []
 
-    def see(self, t: int, loss: Tensor, cosine: Tensor | None, moved: Tensor | None, share: Tensor) -> Tensor:
+    def see(self, t: int, loss: Tensor, cosine: Tensor | None, moved: Tensor | None) -> None:
+        keep, t = 1 - 2 / self.count, t - 1
+        self.ends = torch.zeros_like(self.testing)
         if not self.testing.any():
-            return self.testing
-        keep = 1 - 2 / self.count
+            return
         if t == 0:
             self.sum, self.lowest = torch.zeros_like(loss), torch.full_like(loss, math.inf)
         self.sum = keep * self.sum + (1 - keep) * loss
         smooth = self.sum / (1 - keep ** (t + 1))
         self.lowest = torch.minimum(self.lowest, smooth)
-        ends = self.testing & (~(smooth <= 4 * self.lowest.abs()) | (t == self.count)) & (t > 2)
-        if ends.any():
+        self.ends = self.testing & (~(smooth <= 4 * self.lowest.abs()) | (t == self.count)) & (t > 2)
+        if self.ends.any():
             skip = min(10, self.count // 10, t // 2)  # what comes first says nothing yet
             losses = torch.stack(self.losses)[skip:].nan_to_num(math.inf, math.inf)
-            self.found = torch.where(ends, 0.1 * self.tried[skip + losses.argmin(0)], self.found)
+            self.found = torch.where(self.ends, 0.1 * self.tried[skip + losses.argmin(0)], self.found)
         self.losses.append(smooth)
-        self.testing = self.testing & ~ends
-        return ends
+        self.testing = self.testing & ~self.ends
+
+    def decide(self, t: int, worse: Tensor | None) -> Tensor:
+        return self.ends
 
     def step(self, now: Step) -> Tensor:
         tried = self.tried[min(self.age, self.count - 1)]
@@ -265,12 +268,42 @@ class MoMo(Opponent):
         return now.weights - (now.weights - applied * self.momentum / scale) / shrink
 
 
+class ScheduleFreeDefault(ScheduleFree):
+    """The same at its package's default rates, whatever the rate of the start."""
+
+    def prepare(self, optimizer: str, weights: Tensor, decay: float, bounded: bool) -> None:
+        super().prepare(optimizer, weights, decay, bounded)
+        self.rate, self.gain = (1.0 if optimizer == "sgd" else 0.0025), 1.0
+
+    def step(self, now: Step) -> Tensor:
+        return super().step(now._replace(base=torch.full_like(now.base, self.rate)))
+
+
+class Greedy(LeaveAlone):
+    """GreedyLR: ten improvements of the smoothed training loss raise the rate by a twentieth, ten failures lower it."""
+
+    def begin(self, runs: int, steps: float, scheduled: Tensor, per_pass: int) -> None:
+        super().begin(runs, steps, scheduled, per_pass)
+        self.good, self.bad = torch.zeros(2, runs)
+        self.best = torch.full((runs,), math.inf)
+
+    def see(self, t: int, loss: Tensor, cosine: Tensor | None, moved: Tensor | None) -> None:
+        self.smooth = loss if t == 1 else self.smooth + 0.04 * (loss - self.smooth)
+        better = self.smooth < self.best
+        self.best = torch.where(better, self.smooth, self.best)
+        self.good, self.bad = torch.where(better, self.good + 1, 0.0), torch.where(better, 0.0, self.bad + 1)
+        up, down = self.good > 10, self.bad > 10
+        self.log = self.log - math.log(0.95) * (up.float() - down.float())
+        self.good, self.bad = torch.where(up, 0.0, self.good), torch.where(down, 0.0, self.bad)
+
+
 OPPONENTS: dict[str, type[LeaveAlone]] = {
     "linear": Linear,
     "finder": Finder,
     "hypergradient": Hypergradient,
     "metaoptimize": MetaOptimize,
     "schedule-free": ScheduleFree,
+    "schedule-free-default": ScheduleFreeDefault,
     "prodigy": Prodigy,
     "d-adaptation": DAdaptation,
     "momo": MoMo,
