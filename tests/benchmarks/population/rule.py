@@ -80,6 +80,10 @@ class Rule(LeaveAlone):
     unanimous: float = -0.1
     ramp: float = 2.0
     ramp_from_nowhere: float = 10.0
+    careless: float = 0.003
+    bold: float = 4.0
+    nearly: float = 0.7
+    clearly: float = -0.2
     trial: float = 0.02
     worth: float = 0.05
     tail: float = 0.85
@@ -100,6 +104,8 @@ class Rule(LeaveAlone):
         self.decay = torch.full((runs,), math.inf)  # the step from which the rate decays
         self.peak = self.share = torch.ones(runs)
         self.ramps = ~scheduled
+        self.judged, self.chosen_by_user = torch.zeros(2, runs, dtype=torch.bool)
+        self.agreed, self.agreements = torch.zeros(2, runs)
         # The losses.
         self.first, self.lowest = torch.full((runs,), math.nan), torch.full((runs,), math.inf)
         self.mean, self.seen, self.high, self.returns, self.rollbacks = torch.zeros(5, runs)
@@ -132,17 +138,28 @@ class Rule(LeaveAlone):
             self.count, self.sum = self.count + ok, self.sum + cosine
             self.squares = self.squares + cosine.square()
             if t <= self.start * self.length:
-                self.rise_at_once(t, moved)
+                self.rise_at_once(t, moved, cosine, ok)
         suspected = ~finite | (self.mean > self.first + 30 * size) | (self.high > self.patience)
         self.suspected = suspected & (self.rollbacks < self.most_rollbacks)
         return self.suspected
 
-    def rise_at_once(self, t: int, moved: Tensor) -> None:
-        per_step = moved / self.age.clamp(max=(t + 8) / 9)
-        nowhere = (moved < self.nowhere) & ((self.count == 0) | (self.sum < 0))
-        still = (per_step * self.length < self.still) & (nowhere | (self.sum < self.unanimous * self.count))
+    def rise_at_once(self, t: int, moved: Tensor, cosine: Tensor, ok: Tensor) -> None:
+        asks = self.ramps & (self.age > 3)
+        reach = moved / self.age.clamp(max=(t + 8) / 9) * self.length
+        self.chosen_by_user = torch.where(self.judged | ~asks, self.chosen_by_user, reach >= self.careless)
+        self.judged = self.judged | asks
+        small, mean = reach < self.still, self.sum / self.count.clamp(min=1)
+        nowhere = (moved < self.nowhere) & ((self.count == 0) | (self.sum < 0)) & small
+        agreed = self.agreed / self.agreements.clamp(min=1)
+        further = (reach < self.bold) & ok
+        further &= cosine < torch.clamp(self.nearly * agreed, min=self.clearly, max=0.0)
+        further &= mean < torch.clamp(self.nearly * agreed, min=self.unanimous)
+        careless = torch.where(small, mean < 0, further)
+        rises = nowhere | torch.where(self.chosen_by_user, small & (mean < self.unanimous), careless)
+        counts = asks & small & ok
+        self.agreed, self.agreements = self.agreed + torch.where(counts, cosine, 0.0), self.agreements + counts
         step = torch.where(nowhere, math.log(self.ramp_from_nowhere), math.log(self.ramp))
-        self.log = torch.where(still & self.ramps & (self.age > 3), self.log + step, self.log)
+        self.log = torch.where(rises & asks, self.log + step, self.log)
 
     def fits(self, t: int) -> bool:
         return t + self.trial_length < self.tail * self.steps
@@ -201,7 +218,7 @@ class Rule(LeaveAlone):
         mean = self.evidence(passes, mean, held_cosine)
         margin = self.margin + self.early * max(0.0, 1 - t / (self.start * self.steps))
         rise = ((-mean - error - margin) / self.full).clamp(0, 1)
-        if passes > self.few_passes:
+        if passes >= self.few_passes:
             rise = torch.where(self.scheduled, 0.0, rise)
         fall = ((mean - error) / self.full).clamp(0, 1)
         log = torch.minimum(self.log + self.speed * math.log(self.ratio) * (rise - fall), self.ceiling)
@@ -221,7 +238,7 @@ class Rule(LeaveAlone):
 
     def after_few_passes(self, passes: int, mean: Tensor) -> Tensor:
         """Training gradients are no held-out gradients any more, and no reason to rise."""
-        return mean.clamp(min=-self.margin) if passes > self.few_passes else mean
+        return mean.clamp(min=-self.margin) if passes >= self.few_passes else mean
 
     def factor(self, t: int) -> Tensor:
         left = torch.where(self.decay.isinf(), 1.0, (self.steps - t) / (self.steps - self.decay))
