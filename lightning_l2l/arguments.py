@@ -59,13 +59,18 @@ def check_arguments(
         raise ValueError(f"LearnToLearn(meta_learning_rate={meta_learning_rate}) must be finite, and not negative.")
 
 
-def check_types(*, initial_search: Any, divergence_guard: Any, seed: Any) -> None:
+def check_types(*, initial_search: Any, divergence_guard: Any, average_weights: Any, seed: Any) -> None:
     """Refuse switches and seeds of another type.
 
     Raises:
         TypeError: One of them is.
     """
-    for name, value in (("initial_search", initial_search), ("divergence_guard", divergence_guard)):
+    switches = {
+        "initial_search": initial_search,
+        "divergence_guard": divergence_guard,
+        "average_weights": average_weights,
+    }
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"LearnToLearn({name}={value!r}) must be True or False.")
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_l2l.arguments import Estimator, MetaData, check_arguments, check_learned, check_types
 from lightning_l2l.exact.estimators import EvolutionStrategies, Unroll
 from lightning_l2l.host import lightning_api, reporting
+from lightning_l2l.host.averaged_weights import AveragedWeights
 from lightning_l2l.host.held_out import HeldOut, ValidationBatches
 from lightning_l2l.host.isolation import hidden_attribute
 from lightning_l2l.host.refusals import prepare
@@ -66,6 +67,12 @@ class LearnToLearn(pl.Callback):
         initial_search: Let a rate that hardly moves the weights rise fast in the first fifth of the training.
         divergence_guard: When the training itself is lost, take weights and buffers back to the last good snapshot and
             cut the rate; where it diverged from the start, look for one below it.
+        average_weights: Return the running average of the weights, whose mean age is a tenth of the steps so far, on
+            the convention of Lightning's ``WeightAveraging``: it is what validation sees, what checkpoints have as
+            ``state_dict`` (beside the training's own weights, ``current_model_state``, from which a run is resumed),
+            and what the module holds after the fit. The training is the same as without. The average is the one that
+            the callback keeps anyway. Statistics of batch normalisation are taken anew for it, by ``training_step`` on
+            the last eight training batches.
         seed: Seed of everything that the callback draws; it never touches the global random numbers.
 
     Attributes:
@@ -103,13 +110,19 @@ class LearnToLearn(pl.Callback):
         meta_learning_rate: float = 1.0,
         initial_search: bool = True,
         divergence_guard: bool = True,
+        average_weights: bool = False,
         seed: int = 0,
     ) -> None:
         """See the class."""
         super().__init__()
         estimator = Displacement() if estimator is None else estimator
         check_arguments(estimator, every_n_steps, meta_data, held_out_loss, meta_learning_rate)
-        check_types(initial_search=initial_search, divergence_guard=divergence_guard, seed=seed)
+        check_types(
+            initial_search=initial_search,
+            divergence_guard=divergence_guard,
+            average_weights=average_weights,
+            seed=seed,
+        )
         check_learned(estimator, learned)
         self.estimator: Estimator = estimator
         self.every_n_steps = every_n_steps
@@ -118,10 +131,12 @@ class LearnToLearn(pl.Callback):
         self.meta_learning_rate = meta_learning_rate
         self.initial_search = initial_search
         self.divergence_guard = divergence_guard
+        self.average_weights = average_weights
         self.seed = seed
         self.learned: LearnedOptimizer | None = None
         self._template = learned
         self._tuners: list[Tuner] = []
+        self._averaged = AveragedWeights(average_weights)
         self._held_out: HeldOut | None = None
         self._compare: HeldOutGradient | None = None
         self._batch: Any = None
@@ -150,12 +165,15 @@ class LearnToLearn(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin anew, unless the same model goes on (after Ctrl-C, for more epochs, or from a checkpoint)."""
         self._stage = stage
+        self._averaged.release()
         if stage != "fit":
             return
         goes_on = trainer.global_step > 0 and self._model() is pl_module
         if not goes_on and not self._is_loaded:
             self._reset()
         lightning_api.refuse_several(trainer, LearnToLearn)
+        if self.average_weights:
+            lightning_api.refuse_averages(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what would be wrong, once there are optimizers."""
@@ -180,7 +198,8 @@ class LearnToLearn(pl.Callback):
             tuner = self._attach(trainer, pl_module, optimizer)
             self._tuners.append(tuner)
             if number < len(saved.get("tuners", [])):
-                tuner.load_state_dict(saved["tuners"][number])
+                self._averaged.go_on(tuner, pl_module, saved["tuners"][number])
+        self._cleanup.enter_context(self._averaged.returned(trainer, pl_module, self._tuners, self.seed))
         steps = _StepsSchedulers(pl_module.lr_scheduler_step, self._tuners, trainer)
         self._cleanup.enter_context(hidden_attribute(pl_module, "lr_scheduler_step", steps))
         self._show_rates()
@@ -274,6 +293,7 @@ class LearnToLearn(pl.Callback):
                 self._tuners[number] = self._attach(trainer, pl_module, optimizer)
                 self._tuners[number].load_state_dict(state)
         self._show_rates()
+        self._averaged.see_batch(batch, batch_idx)
         for tuner in self._tuners:
             if isinstance(tuner, UnrollTuner):
                 tuner.see_batch(batch, batch_idx)
@@ -374,8 +394,17 @@ class LearnToLearn(pl.Callback):
                 found |= unrolled_values(record, optimizers[number])
             reporting.log(trainer, module, found)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate the averages, if they are what is returned."""
+        self._averaged.show(True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on training the weights."""
+        self._averaged.show(False)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what was learned, and log the figure."""
+        self._averaged.show(True)
         reporting.log_figure(trainer, self.history)
         if self._tuners and any(tuner.steps for tuner in self._tuners):
             rank_zero_info(f"LearnToLearn: {reporting.summary(self._tuners, self.history)}")
@@ -386,21 +415,32 @@ class LearnToLearn(pl.Callback):
         """Schedulers' states hold plain numbers."""
         if "lr_schedulers" in checkpoint:
             checkpoint["lr_schedulers"] = plain(checkpoint["lr_schedulers"])
+        self._averaged.save(trainer, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Of averages and weights of the training, the fit goes on from the latter."""
+        if self._stage == "fit":
+            self._averaged.load(trainer, pl_module, checkpoint)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the optimizers and the module."""
         self._stage = ""
         if stage == "fit":
             self._close()
+            self._averaged.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """The same: after an exception Lightning does not call ``teardown``."""
         self._stage = ""
+        self._averaged.end_early(exception)
         self._close()
 
     def _close(self) -> None:
         if self._tuners:
             self._saved = self.state_dict()
+            self._averaged.end(self._saved)
         self._cleanup.close()
         for tuner in self._tuners:
             tuner.close()

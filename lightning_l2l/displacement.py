@@ -69,6 +69,9 @@ class RunningAverage:
     Args:
         optimizer: The optimizer whose parameters are followed.
 
+    Attributes:
+        is_sharded: Whether parameters are sharded over processes (FSDP2): their averages are those of the local shards.
+
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
         >>> average = RunningAverage(torch.optim.SGD([weight], lr=0.1))
@@ -84,6 +87,8 @@ class RunningAverage:
         self.optimizer = optimizer
         self.is_sharded = False
         self._average: dict[Tensor, Tensor] = {}
+        self._aside: dict[Tensor, Tensor] = {}  # weights of a coarser dtype than their average's
+        self._is_exchanged = False
         self._followed: list[int] = []
         self._last = 0
         self._has_matrices = False
@@ -101,6 +106,11 @@ class RunningAverage:
         self._has_matrices = any(parameter.dim() > 1 for parameter in parameters)
         # Then sums over the parameters are sums over all processes (FSDP2).
         self.is_sharded = any(hasattr(parameter, "to_local") for parameter in parameters)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is followed, in the order of the saved averages."""
+        return list(self._average)
 
     @torch.no_grad()
     def fold(self, step: int) -> None:
@@ -164,14 +174,53 @@ class RunningAverage:
         self._average, self._followed, self._last = {}, [], step
         self.follow()
 
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Let the parameters and their averages trade places, until the next call; nothing is to be folded meanwhile.
+
+        Where two averages follow the same parameter, they are to come back in the reverse order.
+
+        **Memory**: a copy of one parameter at a time; and one of those that are coarser than their averages
+        (``bf16-true``, ``16-true``), so that these keep their precision.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.zeros(1))
+            >>> average = RunningAverage(torch.optim.SGD([weight], lr=0.1))
+            >>> with torch.no_grad():
+            ...     _ = weight.add_(1.0)
+            >>> average.exchange()
+            >>> weight.item()
+            0.0
+            >>> average.exchange()
+            >>> weight.item()
+            1.0
+        """
+        for parameter, average in self._average.items():
+            weights = local(parameter)
+            if parameter in self._aside:
+                weights.copy_(self._aside.pop(parameter))
+                continue
+            kept = weights.clone()
+            weights.copy_(average)
+            if weights.dtype == average.dtype:
+                average.copy_(kept)
+            else:
+                self._aside[parameter] = kept
+        self._is_exchanged = not self._is_exchanged
+
     def state_dict(self) -> dict[str, Any]:
-        """The averages, in the order of the groups' parameters, and the step of the last fold."""
-        return {"average": list(self._average.values()), "last": self._last}
+        """The averages, wherever they are, in the order of the groups' parameters, and the step of the last fold."""
+        pairs = self._average.items()
+        away = self._is_exchanged
+        return {
+            "average": [local(p) if away and p not in self._aside else average for p, average in pairs],
+            "last": self._last,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Go on from a saved state; False, and nothing happens, where it is of other shapes or was not saved."""
         averages = list(self._average.values())
-        if [a.shape for a in averages] != [a.shape for a in state.get("average", ())]:
+        if [a.shape for a in averages] != [a.shape for a in state["average"]]:
             return False
         torch._foreach_copy_(averages, [a.to(b) for a, b in zip(state["average"], averages, strict=True)])
         self._last = state["last"]

@@ -522,6 +522,8 @@ class Tuner:
         """Plain tensors, numbers, strings and containers: torch loads checkpoints with ``weights_only``."""
         average = self.average.state_dict()
         size = sum(tensor.numel() * tensor.element_size() for tensor in average["average"])
+        if size > LARGEST_SAVED or self.average.is_sharded:  # one process saves for all, and knows its own shards only
+            average["average"] = []
         return {
             "steps": self.steps,
             "seen": self.seen,
@@ -531,7 +533,7 @@ class Tuner:
             "watch": self._watch.state_dict(),
             "losses": [value.item() for value in self._losses],
             "measured": [sums.tolist() for sums in self._measured],
-            "average": average if size <= LARGEST_SAVED else {},
+            "average": average,
             "applied": self.applied.state_dict(),
             "history": copy.deepcopy(self.history),
             "search_result": None if self.search_result is None else asdict(self.search_result),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -44,9 +45,12 @@ def own_part(count: int, examples_in_all: int, seed: int, size: int = 32) -> Dat
 
 
 def trainer_for(kind: str, count: int, epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
-    def sharded() -> Any:
+    def sharded(distributed: bool = True) -> Any:
         return strategies.ModelParallelStrategy(
-            data_parallel_size=count, tensor_parallel_size=1, process_group_backend="gloo"
+            data_parallel_size=count,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=distributed,
+            process_group_backend="gloo",
         )
 
     kinds: dict[str, Any] = {
@@ -54,6 +58,7 @@ def trainer_for(kind: str, count: int, epochs: int, *callbacks: pl.Callback) -> 
         "ddp": lambda: "ddp",
         "compressed": lambda: strategies.DDPStrategy(ddp_comm_hook=fp16_compress_hook),
         "sharded": sharded,
+        "sharded, saved whole": lambda: sharded(False),
     }
     options = {**QUIET, "devices": count, "max_epochs": epochs, "use_distributed_sampler": False}
     return pl.Trainer(**options, strategy=kinds[kind](), callbacks=list(callbacks))
@@ -89,3 +94,56 @@ def without(kind: str, count: int) -> list[torch.Tensor]:
     trainer, module = trainer_for(kind, count, 2), Transformer()
     trainer.fit(module, own_part(count, 256, 0), own_part(count, 64, 5))
     return whole_weights(module)
+
+
+class Normalised(Transformer):
+    """With batch normalisation before the last layer."""
+
+    def make_net(self) -> nn.Module:
+        *body, head = super().make_net()
+        return nn.Sequential(*body, nn.BatchNorm1d(64), head)
+
+
+class Follows(pl.Callback):
+    """Whole weights after each step and in each validation, and their average in double precision."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.trained: list[list[torch.Tensor]] = []
+        self.validated: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+        self.average: list[torch.Tensor] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.average = [weights.double() for weights in whole_weights(pl_module)]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        step = trainer.global_step
+        self.trained.append(whole_weights(pl_module))
+        for average, weights in zip(self.average, self.trained[-1], strict=True):
+            average += 9 / (step + 9) * (weights.double() - average)
+        if self.path is not None and step == 8:
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.validated.append((whole_weights(pl_module), [average.clone() for average in self.average]))
+
+
+def average(kind: str, average_weights: bool, path: Path | None = None, resume: Path | None = None) -> dict[str, Any]:
+    """A fit on two processes, with a checkpoint after eight of sixteen steps, or from one."""
+    callback = LearnToLearn(average_weights=average_weights, every_n_steps=3, initial_search=False)
+    follows = Follows(path)
+    trainer, module = trainer_for(kind, 2, 2, callback, follows), Normalised(0.01)
+    trainer.fit(module, own_part(2, 256, 0), own_part(2, 64, 5), ckpt_path=resume)
+    return {
+        "trained": follows.trained,
+        "validated": follows.validated,
+        "average": follows.average,
+        "end": whole_weights(module),
+        "statistics": [buffer.clone() for buffer in module.buffers()],
+        "history": callback.history,
+    }
+
+
+def averages(kind: str, path: Path) -> list[dict[str, Any]]:
+    """Without averages, with them, and resumed."""
+    return [average(kind, False), average(kind, True, path), average(kind, True, None, path)]

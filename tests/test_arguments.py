@@ -32,6 +32,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": "a"}, TypeError, "whole number"),
     ({"initial_search": "yes"}, TypeError, "True or False"),
     ({"divergence_guard": None}, TypeError, "True or False"),
+    ({"average_weights": 0.999}, TypeError, "True or False"),
 ]
 
 

@@ -52,8 +52,12 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"every_n_steps": 5, "meta_data": "val"},
     ),
     "options alone": (
-        ["--trainer.callbacks=lightning_l2l.LearnToLearn", "--trainer.callbacks.meta_learning_rate=0.5"],
-        {"meta_learning_rate": 0.5, "estimator": Displacement(), "meta_data": "auto"},
+        [
+            "--trainer.callbacks=lightning_l2l.LearnToLearn",
+            "--trainer.callbacks.meta_learning_rate=0.5",
+            "--trainer.callbacks.average_weights=true",
+        ],
+        {"meta_learning_rate": 0.5, "estimator": Displacement(), "meta_data": "auto", "average_weights": True},
     ),
 }
 

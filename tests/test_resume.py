@@ -244,7 +244,7 @@ def test_a_large_average_is_left_out_of_checkpoints(trainer: Any, monkeypatch: p
     monkeypatch.setattr("lightning_l2l.tuner.LARGEST_SAVED", 10)
     fitted, _, callback = fit(trainer, {})
     (state,) = callback.state_dict()["tuners"]
-    assert state["average"] == {}
+    assert state["average"]["average"] == []
     again = learner()
     again.load_state_dict(callback.state_dict())
     trainer(again).fit(Deterministic(ADAM), **resumable())

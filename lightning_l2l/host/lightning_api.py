@@ -117,6 +117,67 @@ def refuse(trainer: pl.Trainer) -> None:
         )
 
 
+def refuse_averages(trainer: pl.Trainer) -> None:
+    """Refuse what would not return the averages that the tuners keep.
+
+    Raises:
+        MisconfigurationException: Another callback returns its own, or the strategy loads checkpoints by itself.
+    """
+    others = [
+        type(callback).__name__
+        for callback in getattr(trainer, "callbacks", ())
+        if is_a(callback, "WeightAveraging") or is_a(callback, "StochasticWeightAveraging")
+    ]
+    if others:
+        raise MisconfigurationException(
+            f"LearnToLearn(average_weights=True) and {others[0]} are in one Trainer, and each would put its own "
+            "average in the place of the weights. Keep one of them."
+        )
+    if is_a(trainer.strategy, "FSDPStrategy"):
+        raise MisconfigurationException(
+            "LearnToLearn(average_weights=True) cannot resume the flattened parameters of FSDPStrategy. Use FSDP2 by "
+            "ModelParallelStrategy, or leave average_weights out."
+        )
+
+
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """Whether the strategy reads and loads the parts of sharded parameters by itself (FSDP2)."""
+    return is_a(trainer.strategy, "ModelParallelStrategy")
+
+
+def whole_state(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """The module's state for the part of a checkpoint that the first process writes: of whole tensors."""
+    if not is_sharded(trainer):
+        return module.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(_model(trainer), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_whole_state(trainer: pl.Trainer, module: pl.LightningModule, state: dict[str, Any]) -> None:
+    """Load what :func:`whole_state` returned, on every process."""
+    if not is_sharded(trainer):
+        module.load_state_dict(state, strict=module.strict_loading)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=module.strict_loading)
+    set_model_state_dict(_model(trainer), state, options=options)
+
+
+def _model(trainer: pl.Trainer) -> nn.Module:
+    model = trainer.strategy.model
+    assert model is not None
+    return model
+
+
+def forget_gathered(module: nn.Module) -> None:
+    """Drop whole parameters that FSDP2 keeps from the last forward pass: they would hide that their shards moved."""
+    for child in module.modules():
+        if is_a(child, "FSDPModule"):
+            child.reshard()  # type: ignore[operator]
+
+
 def first_loader(loaders: Any) -> tuple[Any, int]:
     """The first loader of a loader, list, dictionary or ``CombinedLoader``, and how many there are."""
     if is_a(loaders, "CombinedLoader"):
