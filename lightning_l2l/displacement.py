@@ -43,7 +43,8 @@ _UNKNOWN = 1000  # steps that are assumed where something is in proportion to a 
 # cosine is below _UNANIMOUS, early on; one at which they have moved by less than _NOWHERE is multiplied by ten.
 _STILL, _RAMP, _UNANIMOUS = 0.3, 2.0, -0.1
 # At less than _CARELESS, nobody has chosen the rate. Then it is doubled while gradients agree at all, and from _STILL to
-# _BOLD as long as they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY).
+# _BOLD as long as they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY); the less that is, the more
+# cosines it takes to see it.
 _CARELESS, _BOLD, _NEARLY, _CLEARLY = 0.003, 4.0, 0.7, -0.2
 _NOWHERE, _RAMP_FROM_NOWHERE, _SETTLED = 1e-5, 10.0, 3
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
@@ -55,7 +56,7 @@ _HELD_OUT_MEMORY, _FEW_PASSES = 0.6, 3
 _STATE = (
     "log_factors", "ramps", "ramp_steps", "trial_ends", "best_loss", "_chosen", "_floor", "_ceilings", "_sums",
     "_held_out", "_peak", "_scheduled", "_decay_from", "_last", "_next", "_origin", "_begun",
-    "_chosen_by_user", "_still",
+    "_chosen_by_user", "_still", "_since",
 )  # fmt: skip
 
 
@@ -328,7 +329,8 @@ class Rule:
         self._origin = 0
         self._begun: list[int | None] = [None] * units  # the step before a unit's first gradient
         self._chosen_by_user: list[bool | None] = [None] * units  # None: not known yet
-        self._still = [[0.0, 0.0] for _ in range(units)]  # sum and count of the cosines while the weights hardly moved
+        # Sum and count of the cosines while the weights hardly moved, and of those since the last doubling.
+        self._still, self._since = ([[0.0, 0] for _ in range(units)] for _ in range(2))
 
     def resize(self, units: int) -> None:
         """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
@@ -337,7 +339,8 @@ class Rule:
             values[units:] = [new] * (units - len(values))
         self._begun[units:] = [None] * (units - len(self._begun))
         self._chosen_by_user[units:] = [None] * (units - len(self._chosen_by_user))
-        self._still[units:] = [[0.0, 0.0] for _ in range(units - len(self._still))]
+        for sums in (self._still, self._since):
+            sums[units:] = [[0.0, 0] for _ in range(units - len(sums))]
         self._sums[units:] = [[0.0, 0.0, 0.0] for _ in range(units - len(self._sums))]
 
     def samples(self, step: int) -> bool:
@@ -364,6 +367,7 @@ class Rule:
         for last in measured:
             found = cosine(*last[:3])
             if not math.isnan(found):
+                self._since[unit] = [self._since[unit][0] + found, self._since[unit][1] + 1]
                 sums[0] += 1
                 sums[1] += found
                 sums[2] += found**2
@@ -388,12 +392,13 @@ class Rule:
         elif reach < _STILL:
             rises = total < 0
         else:
-            agreed, cosines = self._still[unit]
+            (agreed, cosines), (agree, since) = self._still[unit], self._since[unit]
             asked = max(_CLEARLY, _NEARLY * agreed / max(1, cosines))
-            rises = reach < _BOLD and last < min(0.0, asked) and total < max(_UNANIMOUS, asked) * count
+            rises = reach < _BOLD and asked < 0 and since * asked**2 >= _CLEARLY**2 and agree < asked * since
         if reach < _STILL and not math.isnan(last):
             self._still[unit] = [self._still[unit][0] + last, self._still[unit][1] + 1]
         if rises and (nowhere or self._is_guarded):
+            self._since[unit] = [0.0, 0]
             self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere and self._is_guarded else _RAMP)
             self.ramp_steps = step
 

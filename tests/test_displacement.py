@@ -51,6 +51,7 @@ class SlowTwin:
         self.held = [0.0] * len(self.units)
         self.reaches: list[list[float]] = [[] for _ in self.units]
         self.still: list[list[float]] = [[] for _ in self.units]
+        self.since: list[list[float]] = [[] for _ in self.units]
         self.cosines: list[list[float]] = [[] for _ in self.units]
         self.t, self.next, self.folded, self.decay_from = 0, FIRST, 0, math.inf
         self.end, self.last, self.passes = math.ceil(DECAY_AT * planned), 0, 0.0
@@ -88,6 +89,7 @@ class SlowTwin:
             found = self.cosine(unit)
             if not math.isnan(found):
                 cosines.append(found)
+                self.since[unit].append(found)
             _, gradient, _, moved, weights = self.sums(unit)
             if not self.ramps or not gradient or not 3 < self.t + 1 <= EARLY * self.planned:
                 continue
@@ -101,13 +103,14 @@ class SlowTwin:
             elif reach < STILL:
                 rises = agree < 0
             else:
-                still = self.still[unit]
-                asked = max(CLEARLY, NEARLY * sum(still) / len(still))
-                rises = reach < BOLD and found < min(0, asked) and agree < max(UNANIMOUS, asked)
+                asked = max(CLEARLY, NEARLY * sum(self.still[unit]) / len(self.still[unit]))
+                n = len(self.since[unit])
+                rises = reach < BOLD and asked < 0 and n >= (CLEARLY / asked) ** 2 and sum(self.since[unit]) / n < asked
             if reach < STILL and not math.isnan(found):
                 self.still[unit].append(found)
             if rises or nowhere and reach < STILL:
                 self.log[unit] += math.log(FROM_NOWHERE if nowhere else RAMP)
+                self.since[unit] = []
 
     def after_step(self) -> None:
         self.t += 1

@@ -105,7 +105,7 @@ class Rule(LeaveAlone):
         self.peak = self.share = torch.ones(runs)
         self.ramps = ~scheduled
         self.judged, self.chosen_by_user = torch.zeros(2, runs, dtype=torch.bool)
-        self.agreed, self.agreements = torch.zeros(2, runs)
+        self.agreed, self.agreements, self.agree, self.since = torch.zeros(4, runs)
         # The losses.
         self.first, self.lowest = torch.full((runs,), math.nan), torch.full((runs,), math.inf)
         self.mean, self.seen, self.high, self.returns, self.rollbacks = torch.zeros(5, runs)
@@ -150,16 +150,17 @@ class Rule(LeaveAlone):
         self.judged = self.judged | asks
         small, mean = reach < self.still, self.sum / self.count.clamp(min=1)
         nowhere = (moved < self.nowhere) & ((self.count == 0) | (self.sum < 0)) & small
-        agreed = self.agreed / self.agreements.clamp(min=1)
-        further = (reach < self.bold) & ok
-        further &= cosine < torch.clamp(self.nearly * agreed, min=self.clearly, max=0.0)
-        further &= mean < torch.clamp(self.nearly * agreed, min=self.unanimous)
+        self.agree, self.since = self.agree + cosine, self.since + ok
+        asked = (self.nearly * self.agreed / self.agreements.clamp(min=1)).clamp(min=self.clearly)
+        further = (reach < self.bold) & (asked < 0) & (self.since * asked.square() >= self.clearly**2)
+        further &= self.agree < asked * self.since
         careless = torch.where(small, mean < 0, further)
         rises = nowhere | torch.where(self.chosen_by_user, small & (mean < self.unanimous), careless)
         counts = asks & small & ok
         self.agreed, self.agreements = self.agreed + torch.where(counts, cosine, 0.0), self.agreements + counts
         step = torch.where(nowhere, math.log(self.ramp_from_nowhere), math.log(self.ramp))
         self.log = torch.where(rises & asks, self.log + step, self.log)
+        self.agree, self.since = torch.where(rises & asks, 0.0, self.agree), torch.where(rises & asks, 0.0, self.since)
 
     def fits(self, t: int) -> bool:
         return t + self.trial_length < self.tail * self.steps
