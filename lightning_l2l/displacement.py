@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -39,14 +40,14 @@ _EARLY_MARGIN, _EARLY = 0.3, 0.2  # early on every rate makes progress, so the m
 _PEAK = 0.9  # of its largest value: a schedule below it is coming down, which is no reason to rise against it
 _DECAY_AT, _PROGRESS = 0.85, -0.02  # a cosine below _PROGRESS: the training gets on, and the rate does not decay
 _UNKNOWN = 1000  # steps that are assumed where something is in proportion to a length that nobody knows
-# A rate at which the weights would move by less than _STILL of their norm until the end is doubled at once while the
-# cosine is below _UNANIMOUS, early on; one at which they have moved by less than _NOWHERE is multiplied by ten.
+# Early on, a rate at which the weights would move by less than _STILL of their norm until the end is doubled at once
+# while the cosine is below _UNANIMOUS; one at which they have moved by less than _NOWHERE is multiplied by ten.
 _STILL, _RAMP, _UNANIMOUS = 0.3, 2.0, -0.1
-# At less than _CARELESS, nobody has chosen the rate. Then it is doubled while gradients agree at all, and from _STILL to
-# _BOLD as long as they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY); the less that is, the more
-# cosines it takes to see it.
-_CARELESS, _BOLD, _NEARLY, _CLEARLY = 0.003, 4.0, 0.7, -0.2
 _NOWHERE, _RAMP_FROM_NOWHERE, _SETTLED = 1e-5, 10.0, 3
+# Where that would be less than _CARELESS, nobody has chosen the rate. It is doubled while gradients agree at all, and
+# beyond _STILL, up to _BOLD, while they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY). The less they
+# agree, the more cosines it takes to see that.
+_CARELESS, _BOLD, _NEARLY, _CLEARLY = 0.003, 4.0, 0.7, -0.2
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
 # The search for a rate, where the one that was given diverges: steps of each trial, as a part of the training and at
 # least, and by how much a third of the rate must do better, as a part of the first loss.
@@ -54,9 +55,8 @@ _TRIAL, _SHORTEST_TRIAL, _WORTH = 0.02, 10, 0.05
 _HELD_OUT_MEMORY, _FEW_PASSES = 0.6, 3
 
 _STATE = (
-    "log_factors", "ramps", "ramp_steps", "trial_ends", "best_loss", "_chosen", "_floor", "_ceilings", "_sums",
-    "_held_out", "_peak", "_scheduled", "_decay_from", "_last", "_next", "_origin", "_begun",
-    "_chosen_by_user", "_still", "_since",
+    "log_factors", "ramps", "ramp_steps", "trial_ends", "best_loss", "_chosen", "_floor", "_peak", "_scheduled",
+    "_decay_from", "_last", "_next", "_origin",
 )  # fmt: skip
 
 
@@ -263,6 +263,60 @@ def _share(parameter: Tensor) -> float:
     return float(mesh.size() / (copies * torch.distributed.get_world_size()))
 
 
+@dataclass
+class _Cosines:
+    """How many there were, their sum, and that of their squares."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.total += value
+        self.squares += value**2
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean; 1 where nobody knows."""
+        if self.count < 3:
+            return 1.0
+        return math.sqrt(max(0.0, self.squares / self.count - self.mean**2) / self.count)
+
+
+@dataclass
+class _Unit:
+    """What was seen of that which shares a learned factor.
+
+    Attributes:
+        recent: The cosines since the last update.
+        at_rate: Those since the last fast rise.
+        still: Those while the weights hardly moved.
+        held_out: The running mean of the held-out cosines.
+        ceiling: The most that the logarithm of its factor may be.
+        begun: The step before its first gradient.
+        was_chosen: Whether somebody can have chosen its rate; ``None`` while nobody knows.
+    """
+
+    recent: _Cosines = field(default_factory=_Cosines)
+    at_rate: _Cosines = field(default_factory=_Cosines)
+    still: _Cosines = field(default_factory=_Cosines)
+    held_out: float = 0.0
+    ceiling: float = math.inf
+    begun: int | None = None
+    was_chosen: bool | None = None
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> _Unit:
+        """From plain numbers."""
+        cosines = {name: _Cosines(**state[name]) for name in ("recent", "at_rate", "still")}
+        return cls(**{**state, **cosines})
+
+
 class Rule:
     """When and by how much learning rates move: plain numbers in, plain numbers out.
 
@@ -318,30 +372,19 @@ class Rule:
         self._decays = decays and speed > 0 and planned_steps < math.inf and not has_schedule
         self._plays = plays
         self._floor = 0.0
-        self._ceilings = [math.inf] * units
-        self._sums = [[0.0, 0.0, 0.0] for _ in range(units)]
-        self._held_out = [0.0] * units
+        self._units = [_Unit() for _ in range(units)]
         self._peak = self._scheduled = base_rate
         self._decay_from = math.inf
         self._last = 0
         self._next = float(every_n_steps or _FIRST_UPDATE)
         self._decay_at = math.ceil(_DECAY_AT * planned_steps) if self._decays else math.inf
         self._origin = 0
-        self._begun: list[int | None] = [None] * units  # the step before a unit's first gradient
-        self._chosen_by_user: list[bool | None] = [None] * units  # None: not known yet
-        # Sum and count of the cosines while the weights hardly moved, and of those since the last doubling.
-        self._still, self._since = ([[0.0, 0] for _ in range(units)] for _ in range(2))
 
     def resize(self, units: int) -> None:
         """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
         self.end_search()
-        for values, new in ((self.log_factors, 0.0), (self._ceilings, math.inf), (self._held_out, 0.0)):
-            values[units:] = [new] * (units - len(values))
-        self._begun[units:] = [None] * (units - len(self._begun))
-        self._chosen_by_user[units:] = [None] * (units - len(self._chosen_by_user))
-        for sums in (self._still, self._since):
-            sums[units:] = [[0.0, 0] for _ in range(units - len(sums))]
-        self._sums[units:] = [[0.0, 0.0, 0.0] for _ in range(units - len(self._sums))]
+        self.log_factors[units:] = [0.0] * (units - len(self.log_factors))
+        self._units[units:] = [_Unit() for _ in range(units - len(self._units))]
 
     def samples(self, step: int) -> bool:
         """Whether the step after so many is measured, and folded into the average."""
@@ -361,54 +404,46 @@ class Rule:
 
     def see(self, step: int, measured: Iterable[Sequence[float]], unit: int = 0) -> None:
         """Measurements of a unit since the last call, each as :meth:`RunningAverage.measure` has them."""
-        sums = self._sums[unit]
+        seen = self._units[unit]
         last: Sequence[float] = (0.0,) * 5
         found = math.nan
         for last in measured:
             found = cosine(*last[:3])
             if not math.isnan(found):
-                self._since[unit] = [self._since[unit][0] + found, self._since[unit][1] + 1]
-                sums[0] += 1
-                sums[1] += found
-                sums[2] += found**2
+                seen.recent.add(found)
+                seen.at_rate.add(found)
         _, gradient, _, moved, weights = last
         if gradient > 0 and weights > 0:
-            begun = self._begun[unit]
-            if begun is None:
-                begun = self._begun[unit] = step - 1
-            steps = step - max(begun, self._origin)
+            if seen.begun is None:
+                seen.begun = step - 1
+            steps = step - max(seen.begun, self._origin)
             if self.ramps and steps > _SETTLED and self.is_early(step):
                 self._ramp(step, math.sqrt(moved / weights), steps, found, unit)
 
     def _ramp(self, step: int, moved: float, steps: int, last: float, unit: int) -> None:
         """Raise a rate at which nothing would ever happen; where the dtype is too coarse, no weight moves at all."""
-        count, total, _ = self._sums[unit]
+        seen = self._units[unit]
         reach = moved / min(steps, (step + 8) / 9) * self._length
-        if self._chosen_by_user[unit] is None:
-            self._chosen_by_user[unit] = reach >= _CARELESS
-        nowhere = moved < _NOWHERE and (count == 0 or total < 0)
-        if nowhere or self._chosen_by_user[unit]:
-            rises = reach < _STILL and (nowhere or total < _UNANIMOUS * count)
-        elif reach < _STILL:
-            rises = total < 0
+        if seen.was_chosen is None:
+            seen.was_chosen = reach >= _CARELESS
+        nowhere = moved < _NOWHERE and not seen.recent.mean >= 0
+        if reach < _STILL:
+            rises = nowhere or seen.recent.mean < (_UNANIMOUS if seen.was_chosen else 0.0)
+            if not math.isnan(last):
+                seen.still.add(last)
         else:
-            (agreed, cosines), (agree, since) = self._still[unit], self._since[unit]
-            asked = max(_CLEARLY, _NEARLY * agreed / max(1, cosines))
-            rises = reach < _BOLD and asked < 0 and since * asked**2 >= _CLEARLY**2 and agree < asked * since
-        if reach < _STILL and not math.isnan(last):
-            self._still[unit] = [self._still[unit][0] + last, self._still[unit][1] + 1]
+            asked = max(_CLEARLY, _NEARLY * seen.still.mean)
+            is_known = asked < 0 and seen.at_rate.count >= (_CLEARLY / asked) ** 2
+            rises = not seen.was_chosen and reach < _BOLD and is_known and seen.at_rate.mean < asked
         if rises and (nowhere or self._is_guarded):
-            self._since[unit] = [0.0, 0]
             self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere and self._is_guarded else _RAMP)
             self.ramp_steps = step
+            seen.at_rate = _Cosines()
 
     def evidence(self, unit: int = 0) -> tuple[float, float]:
         """The mean cosine since the last update and its standard error; NaN and 1 where nothing was measured."""
-        count, total, squares = self._sums[unit]
-        if count == 0:
-            return math.nan, 1.0
-        mean = total / count
-        return mean, math.sqrt(max(0.0, squares / count - mean**2) / count) if count >= 3 else 1.0
+        recent = self._units[unit].recent
+        return recent.mean, recent.error
 
     def update(self, step: int, scheduled: float, held_out: Sequence[float] = (), passes: float = 0.0) -> None:
         """Move the factors by what was seen since the last update.
@@ -428,10 +463,11 @@ class Rule:
         early = max(0.0, 1 - step / (_EARLY * self.planned_steps))
         means = []
         for unit, value in enumerate(self.log_factors):
-            mean, error = self.evidence(unit)
+            seen = self._units[unit]
+            mean, error = seen.recent.mean, seen.recent.error
             if held_out and not math.isnan(held_out[unit]):
-                self._held_out[unit] += (1 - _HELD_OUT_MEMORY) * (held_out[unit] - self._held_out[unit])
-                mean = max(mean, self._held_out[unit])
+                seen.held_out += (1 - _HELD_OUT_MEMORY) * (held_out[unit] - seen.held_out)
+                mean = max(mean, seen.held_out)
             elif passes >= _FEW_PASSES:
                 mean = max(mean, -_MARGIN)
             means.append(mean)
@@ -441,12 +477,12 @@ class Rule:
             fall = min(1.0, max(0.0, (mean - error) / _FULL))
             if self._plays or self.has_schedule and passes >= _FEW_PASSES:
                 rise = 0.0
-            moved = min(value + self._speed * span * (rise - fall), self._ceilings[unit])
+            moved = min(value + self._speed * span * (rise - fall), seen.ceiling)
             self.log_factors[unit] = max(moved, min(self._floor, value))
         is_late = self._decay_at <= step < self.planned_steps
         if is_late and self._decay_from == math.inf and any(mean > _PROGRESS for mean in means):
             self._decay_from = step
-        self._sums = [[0.0, 0.0, 0.0] for _ in means]
+        self._forget_cosines()
         self._last = step
         while round(self._next) <= step:
             self._next = self._next + self._every if self._every else self._next * _RATIO
@@ -481,7 +517,7 @@ class Rule:
         by = _CUT_AT_ONCE if step - self._origin <= _AT_ONCE else _CUT
         was_given = all(value <= 0 for value in before)
         for unit, value in enumerate(before):
-            self._ceilings[unit] = value - math.log(_BELOW)
+            self._units[unit].ceiling = value - math.log(_BELOW)
             lower = value - math.log(by)
             self.log_factors[unit] = lower if was_given else max(lower, min(value, 0.0))
         self._floor = min(self._floor, *self.log_factors)
@@ -536,17 +572,23 @@ class Rule:
 
     def begin_anew(self, step: int) -> None:
         """What was measured before this step counts no longer."""
-        self._sums = [[0.0, 0.0, 0.0] for _ in self.log_factors]
+        self._forget_cosines()
         self._origin = step
+
+    def _forget_cosines(self) -> None:
+        for seen in self._units:
+            seen.recent = _Cosines()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists of them."""
-        return {name: copy.deepcopy(getattr(self, name)) for name in _STATE}
+        state = {name: copy.deepcopy(getattr(self, name)) for name in _STATE}
+        return state | {"units": [asdict(unit) for unit in self._units]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, with the options of this run."""
         ramps = self.ramps
-        vars(self).update(copy.deepcopy(state))
+        vars(self).update({name: copy.deepcopy(state[name]) for name in _STATE})
+        self._units = [_Unit.of(unit) for unit in state["units"]]
         self.ramps &= ramps
 
 
