@@ -359,7 +359,7 @@ class Rule:
         self.planned_steps = planned_steps
         self.only_observes = speed == 0
         self.has_schedule = has_schedule
-        self._is_guarded = is_guarded
+        self.is_guarded = is_guarded
         self.ramps = ramps and speed > 0 and not has_schedule
         self.log_factors = [0.0] * units
         self.ramp_steps = 0
@@ -435,8 +435,8 @@ class Rule:
             asked = max(_CLEARLY, _NEARLY * seen.still.mean)
             is_known = asked < 0 and seen.at_rate.count >= (_CLEARLY / asked) ** 2
             rises = not seen.was_chosen and reach < _BOLD and is_known and seen.at_rate.mean < asked
-        if rises and (nowhere or self._is_guarded):
-            self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere and self._is_guarded else _RAMP)
+        if rises and (nowhere or self.is_guarded):
+            self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere and self.is_guarded else _RAMP)
             self.ramp_steps = step
             seen.at_rate = _Cosines()
 

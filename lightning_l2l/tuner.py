@@ -288,7 +288,8 @@ class Tuner:
         Calls without a step in between (accumulated batches, a step that mixed precision left out) do nothing.
 
         Args:
-            loss: The training loss of the step; without it, a lost run is not noticed.
+            loss: The training loss of the step. Without it, a lost run is not noticed, so a rate rises fast only where
+                the weights do not move at all.
             held_out: Where held-out gradients come from: :meth:`held_out_gradient` makes one of a function. Without it,
                 the rate is learned from the training gradients alone.
             compare: The same for the guard, which compares two states on the same batch; ``None``: ``held_out``.
@@ -299,6 +300,7 @@ class Tuner:
         if self.steps == self.seen:
             return None
         self.seen = self.steps
+        self.rule.is_guarded = self._guards and loss is not None
         if loss is not None:
             value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
             self._losses.append(self._sign * value.reshape(()))

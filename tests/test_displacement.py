@@ -265,7 +265,7 @@ def train(
             gradients()
             optimizer.step()
         twin.after_step()
-        tuner.step(None)
+        tuner.step(loss(step).detach() if ramps else None)
     return tuner, twin
 
 
@@ -337,7 +337,7 @@ def fast(optimizer: torch.optim.Optimizer, gradient: Callable[[int], Any], steps
             for parameter in group["params"]:
                 parameter.grad = None if value is None else torch.full_like(parameter, value)
         optimizer.step()
-        tuner.step()
+        tuner.step(1.0)
         largest = [max(pair) for pair in zip(largest, tuner.factors(), strict=True)]
     return largest
 
@@ -380,18 +380,19 @@ def test_a_single_large_weight_does_not_hide_that_the_others_move() -> None:
 
 
 def test_without_a_guard_a_rate_rises_at_once_only_where_nothing_moves() -> None:
-    def factor(rate: float, guard: bool) -> float:
+    def factor(rate: float, guard: bool, loss: float | None = 1.0) -> float:
         weight = nn.Parameter(torch.ones(3, 3))
         optimizer = torch.optim.SGD([weight], lr=rate)
         tuner = Displacement().attach(optimizer, planned_steps=1000, divergence_guard=guard)
         for _ in range(9):  # no update yet
             weight.grad = torch.ones(3, 3)
             optimizer.step()
-            tuner.step()
+            tuner.step(loss)
         return tuner.factors()[0]
 
     assert factor(1e-4, True) > 1 and factor(1e-4, False) == 1
     assert 1 < factor(1e-9, False) < factor(1e-9, True)
+    assert factor(1e-4, True, loss=None) == 1  # a guard that sees no losses is none
 
 
 def test_a_resumed_run_whose_average_is_not_saved_does_not_jump(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +404,7 @@ def test_a_resumed_run_whose_average_is_not_saved_does_not_jump(monkeypatch: pyt
         for _ in range(steps):
             optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
             optimizer.step()
-            tuner.step()
+            tuner.step(1.0)
 
     go(first, 40)
     state, factor = first.state_dict(), first.factors()[0]
@@ -423,7 +424,7 @@ def test_what_a_resumed_run_must_not_raise_stays(options: Any) -> None:
     for _ in range(9):
         optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
         optimizer.step()
-        tuner.step()
+        tuner.step(1.0)
     assert tuner.factors() == [1.0]
 
 
