@@ -147,3 +147,18 @@ def test_the_unrolls_of_the_population_are_those_of_the_callback(rate: float, op
     last = task.batch_losses(torch.cat([w.detach().flatten() for w in weights])[None], task.test)
     assert found["factor"].item() == pytest.approx(learner.learning_rates[0] / rate, rel=1e-4)
     assert found["last"].item() == pytest.approx(last.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_every_other_method_trains_from_a_usual_rate(optimizer: str) -> None:
+    from engine import Runs, Task, train
+    from families import FAMILIES
+    from opponents import OPPONENTS
+    from run import defined
+
+    methods = [kind() for name, kind in OPPONENTS.items() if defined(name, optimizer)]
+    task = Task(FAMILIES["digits"], 1)
+    parts = [(method, slice(i, i + 1)) for i, method in enumerate(methods)]
+    found = train(task, optimizer, 60, Runs(torch.full((len(methods),), 3e-3), torch.zeros(len(methods)), parts))
+    initial = task.losses(task.initial, task.test)
+    assert (found["last"] < initial).all()

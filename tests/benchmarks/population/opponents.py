@@ -112,11 +112,11 @@ class Hypergradient(Opponent):
     def step(self, now: Step) -> Tensor:
         if self.age:
             cosine = inner(now.gradient, self.last) / (now.gradient.norm(dim=1) * self.last.norm(dim=1))[:, None]
-            self.log = self.log + torch.log1p(self.strength * cosine.nan_to_num(0.0))
+            self.log_rate = self.log_rate + torch.log1p(self.strength * cosine.nan_to_num(0.0))
         else:
-            self.log = now.base.log()[:, None]
+            self.log_rate = now.base.log()[:, None]
         self.age, self.last = self.age + 1, now.direction
-        return now.share[:, None] * self.log.exp() * now.direction
+        return now.share[:, None] * self.log_rate.exp() * now.direction
 
 
 class MetaOptimize(Opponent):
@@ -132,15 +132,15 @@ class MetaOptimize(Opponent):
 
     def step(self, now: Step) -> Tensor:
         if self.age == 0:
-            self.log = now.base.log()[:, None]
+            self.log_rate = now.base.log()[:, None]
         self.age += 1
-        rate = now.share[:, None] * self.log.exp()
+        rate = now.share[:, None] * self.log_rate.exp()
         self.second.mul_(0.999).addcmul_(now.gradient, now.gradient, value=0.001)
         scaled = now.gradient / ((self.second / (1 - 0.999**self.age)).sqrt() + 1e-8)
         found = inner(self.trace, now.gradient)
         self.trace = self.memory * (1 - rate * self.decay) * self.trace + rate * scaled
         self.momentum = 0.99 * self.momentum + 0.01 * found
-        self.log = self.log + self.speed * (0.9 * self.momentum + 0.1 * found).sign()
+        self.log_rate = self.log_rate + self.speed * (0.9 * self.momentum + 0.1 * found).sign()
         return rate * now.direction
 
 
