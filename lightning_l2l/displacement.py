@@ -300,6 +300,7 @@ class _Unit:
         ceiling: The most that the logarithm of its factor may be.
         begun: The step before its first gradient.
         was_chosen: Whether somebody can have chosen its rate; ``None`` while nobody knows.
+        has_moved: Whether its weights have ever moved by more than next to nothing.
     """
 
     recent: _Cosines = field(default_factory=_Cosines)
@@ -309,6 +310,7 @@ class _Unit:
     ceiling: float = math.inf
     begun: int | None = None
     was_chosen: bool | None = None
+    has_moved: bool = False
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> _Unit:
@@ -427,11 +429,13 @@ class Rule:
         if seen.was_chosen is None:
             seen.was_chosen = reach >= _CARELESS
         nowhere = moved < _NOWHERE and not seen.recent.mean >= 0
-        if reach < _STILL:
+        rises = False
+        if reach < _STILL and not seen.has_moved:
             rises = nowhere or seen.recent.mean < (_UNANIMOUS if seen.was_chosen else 0.0)
             if not math.isnan(last):
                 seen.still.add(last)
-        else:
+        elif reach >= _STILL:
+            seen.has_moved = True  # where it hardly moves from now on, it has converged
             asked = max(_CLEARLY, _NEARLY * seen.still.mean)
             is_known = asked < 0 and seen.at_rate.count >= (_CLEARLY / asked) ** 2
             rises = not seen.was_chosen and reach < _BOLD and is_known and seen.at_rate.mean < asked

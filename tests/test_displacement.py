@@ -98,17 +98,19 @@ class SlowTwin:
             reach = moved / min(self.t + 1, (self.t + 9) / 9) * self.planned
             self.reaches[unit].append(reach)
             agree = sum(cosines) / len(cosines) if cosines else math.nan
-            if self.reaches[unit][0] >= CARELESS:
-                rises = reach < STILL and agree < UNANIMOUS
-            elif reach < STILL:
-                rises = agree < 0
+            was_chosen, has_moved = self.reaches[unit][0] >= CARELESS, max(self.reaches[unit]) >= STILL
+            nowhere = nowhere and not has_moved
+            if reach < STILL and not has_moved:
+                rises = nowhere or agree < (UNANIMOUS if was_chosen else 0)
+            elif was_chosen or reach < STILL:
+                rises = False
             else:
                 asked = max(CLEARLY, NEARLY * sum(self.still[unit]) / len(self.still[unit]))
                 n = len(self.since[unit])
                 rises = reach < BOLD and asked < 0 and n >= (CLEARLY / asked) ** 2 and sum(self.since[unit]) / n < asked
-            if reach < STILL and not math.isnan(found):
+            if not has_moved and not math.isnan(found):
                 self.still[unit].append(found)
-            if rises or nowhere and reach < STILL:
+            if rises:
                 self.log[unit] += math.log(FROM_NOWHERE if nowhere else RAMP)
                 self.since[unit] = []
 
@@ -311,6 +313,21 @@ def test_a_rate_that_nobody_can_have_chosen_rises_further_than_one_that_is_small
         assert_equal(tuner.history, twin, 1e-9)
         ends.append(max(record["learning_rates"][0] for record in tuner.history[:3]))
     assert ends[0] > 2 * ends[1]
+
+
+def test_a_training_that_has_converged_early_is_not_one_whose_rate_is_too_small() -> None:
+    weight = nn.Parameter(torch.full((3, 3), 2.0))
+    optimizer = torch.optim.SGD([weight], lr=0.02)
+    tuner = Displacement().attach(optimizer, planned_steps=1000, meta_learning_rate=1e-9)  # none but fast rises
+    for _ in range(220):
+        optimizer.zero_grad()
+        loss = 0.5 * (weight - 1).square().sum()
+        loss.backward()
+        optimizer.step()
+        tuner.step(loss)
+    assert loss < 0.01  # so gradients agree, and move next to nothing
+    assert tuner.factors() == [pytest.approx(1.0)]
+    assert "moves the weights" in tuner.search_result.reason
 
 
 def test_weights_that_do_not_move_at_all_in_their_precision_are_no_dead_end() -> None:

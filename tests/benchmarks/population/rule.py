@@ -104,7 +104,7 @@ class Rule(LeaveAlone):
         self.decay = torch.full((runs,), math.inf)  # the step from which the rate decays
         self.peak = self.share = torch.ones(runs)
         self.ramps = ~scheduled
-        self.judged, self.chosen_by_user = torch.zeros(2, runs, dtype=torch.bool)
+        self.judged, self.chosen_by_user, self.has_moved = torch.zeros(3, runs, dtype=torch.bool)
         self.agreed, self.agreements, self.agree, self.since = torch.zeros(4, runs)
         # The losses.
         self.first, self.lowest = torch.full((runs,), math.nan), torch.full((runs,), math.inf)
@@ -148,11 +148,12 @@ class Rule(LeaveAlone):
         reach = moved / self.age.clamp(max=(t + 8) / 9) * self.length
         self.chosen_by_user = torch.where(self.judged | ~asks, self.chosen_by_user, reach >= self.careless)
         self.judged = self.judged | asks
-        small, mean = reach < self.still, self.sum / self.count.clamp(min=1)
+        self.has_moved = self.has_moved | (asks & (reach >= self.still))
+        small, mean = (reach < self.still) & ~self.has_moved, self.sum / self.count.clamp(min=1)
         nowhere = (moved < self.nowhere) & ((self.count == 0) | (self.sum < 0)) & small
         self.agree, self.since = self.agree + cosine, self.since + ok
         asked = (self.nearly * self.agreed / self.agreements.clamp(min=1)).clamp(min=self.clearly)
-        further = (reach < self.bold) & (asked < 0) & (self.since * asked.square() >= self.clearly**2)
+        further = (reach >= self.still) & (reach < self.bold) & (asked < 0) & (self.since * asked.square() >= self.clearly**2)
         further &= self.agree < asked * self.since
         careless = torch.where(small, mean < 0, further)
         rises = nowhere | torch.where(self.chosen_by_user, small & (mean < self.unanimous), careless)
