@@ -317,9 +317,9 @@ def test_a_rate_that_nobody_can_have_chosen_rises_further_than_one_that_is_small
 
 def test_a_training_that_has_converged_early_is_not_one_whose_rate_is_too_small() -> None:
     weight = nn.Parameter(torch.full((3, 3), 2.0))
-    optimizer = torch.optim.SGD([weight], lr=0.02)
+    optimizer = torch.optim.SGD([weight], lr=0.05)
     tuner = Displacement().attach(optimizer, planned_steps=1000, meta_learning_rate=1e-9)  # none but fast rises
-    for _ in range(220):
+    for _ in range(240):
         optimizer.zero_grad()
         loss = 0.5 * (weight - 1).square().sum()
         loss.backward()
