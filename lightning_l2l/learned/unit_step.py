@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vecdot
 
 from lightning_l2l.learned.coordinatewise import (
     CoordinateNetwork,
@@ -129,49 +129,58 @@ class UnitStepOptimizer(CoordinatewiseOptimizer):
     def _step_part(self, part: SameShape, rows: list[Tensor], count: Tensor) -> None:
         """For tensors of one shape; the rows are gradient, parameter, momenta, second moments and where the step goes.
 
-        Three passes: the averages; the mean squares of the features; the network.
+        Three passes: the averages; the mean squares of the features; the network. What they compute of a piece is
+        written into the same few buffers: fresh memory costs as much as the arithmetic.
         """
         like, tensors = rows[0], len(part.names)
         width = part.size if like.device.type != "cpu" else max(1, _PIECE * torch.get_num_threads() // tensors)
         pieces = list(zip(*(torch.split(row, width, dim=-1) for row in rows), strict=True))
         decays = [weights.to(like)[:, None, None] for weights in (self._momentum_weights, self._second_moment_weights)]
-        past = []
-        for g, _, m, v, _ in pieces:
-            past.append(torch.cat([vecdot(g.expand_as(m[:2]), m[:2]), vecdot(m[:2], m[:2])]))
+        buffers = [_Buffers(like, self.hidden_size, tensors, min(width, part.size))]
+        buffers = buffers * (len(pieces) - 1) + [buffers[0].narrowed(pieces[-1][0].shape[-1])]
+        past = like.new_empty(2, len(pieces), 2, tensors)
+        for buffer, (g, _, m, v, _), products, norms in zip(buffers, pieces, *past, strict=True):
+            torch.sum(torch.mul(g, m[:2], out=buffer.roots), -1, out=products)
+            torch.linalg.vector_norm(m[:2], dim=-1, out=norms)
             m.lerp_(g.expand_as(m), decays[0])
-            v.lerp_(g.square().expand_as(v), decays[1])
+            v.lerp_(torch.mul(g, g, out=buffer.root).expand_as(v), decays[1])
 
         shares, second_shares = (
             _share(weights, count).to(like)[:, None]
             for weights in (self._momentum_weights, self._second_moment_weights)
         )
-        second = rows[3][1:] / second_shares[1:, :, None]
-        mean = second.mean(-1)
+        second = rows[3][1:]
+        mean = second.mean(-1) / second_shares[1:]
         floors = (second_shares * (1e-6 * mean + 1e-24)).unsqueeze(-1)
-        factored = _factored_root(part, second).split(width, dim=-1)
-        products = []
-        for (g, p, m, v, _), ratio in zip(pieces, factored, strict=True):
-            found = _products(g, p, m, v, floors, ratio)
-            products.append(torch.cat([*(vecdot(row, row) for row in found), vecdot(m[:1], m[2:])]))
+        factored = _factored_root(part, second, second_shares[1:, :, None])[0].split(width, dim=-1)
+        norms, across = like.new_empty(len(pieces), _COORDINATE_FEATURES, tensors), like.new_empty(len(pieces), tensors)
+        for index, (buffer, piece, ratio) in enumerate(zip(buffers, pieces, factored, strict=True)):
+            g, p, m, v, _ = piece
+            features = buffer.products(g, p, m, v, floors, ratio)
+            torch.linalg.vector_norm(features, dim=-1, out=norms[index])
+            torch.sum(torch.mul(features[0], features[2], out=buffer.root), -1, out=across[index])
 
         scale = torch.rsqrt(mean + 1e-24)
         units = _units(scale, shares, second_shares)
-        sums, along = (sum(found[1:], found[0]) / part.size for found in (products, past))
+        sums = torch.cat([norms.square().sum(0), across.sum(0, keepdim=True)]) / part.size
+        along = torch.cat([past[0].sum(0), past[1].square().sum(0)]) / part.size
         weight, bias, adam = self._first_layer(part, units, scale, sums, along)
-        others = [
+        (second_weight, second_bias), (last_weight, last_bias) = (
             (weight.to(like).expand(tensors, -1, -1), bias.to(like)[:, None].expand(tensors, -1, 1))
             for weight, bias in zip(self.network.weights[1:], self.network.biases[1:], strict=True)
-        ]
-        square = size = torch.zeros_like(mean[0])
-        for (g, p, m, v, out), ratio in zip(pieces, factored, strict=True):
-            features = torch.cat(_products(g, p, m, v, floors, ratio))
-            values = torch.baddbmm(bias, weight, features.transpose(0, 1))
-            for next_weight, next_bias in others:
-                values = torch.baddbmm(next_bias, next_weight, values.relu_())
-            torch.addcmul(values[:, 0], features[5], adam, out=out)
-            square, size = square + vecdot(out, out), size + values[:, 1].sum(-1)
-        scale = torch.exp((size / part.size).clamp(-3.0, 3.0)) * torch.rsqrt(square / part.size + 1e-12)
-        rows[-1].mul_(scale.unsqueeze(-1))
+        )
+        norms, sizes = like.new_empty(len(pieces), tensors), like.new_empty(len(pieces), tensors)
+        for index, (buffer, piece, ratio) in enumerate(zip(buffers, pieces, factored, strict=True)):
+            g, p, m, v, moved = piece
+            features = buffer.products(g, p, m, v, floors, ratio)
+            torch.baddbmm(bias, weight, buffer.by_tensor, out=buffer.first)
+            torch.baddbmm(second_bias, second_weight, buffer.first.relu_(), out=buffer.second)
+            torch.baddbmm(last_bias, last_weight, buffer.second.relu_(), out=buffer.outputs)
+            torch.addcmul(buffer.direction, features[5], adam, out=moved)
+            torch.linalg.vector_norm(moved, dim=-1, out=norms[index])
+            torch.sum(buffer.magnitude, -1, out=sizes[index])
+        size, square = sizes.sum(0) / part.size, norms.square().sum(0) / part.size
+        rows[-1].mul_((torch.exp(size.clamp(-3.0, 3.0)) * torch.rsqrt(square + 1e-12)).unsqueeze(-1))
 
     def _first_layer(
         self, part: SameShape, units: Tensor, scale: Tensor, sums: Tensor, along: Tensor
@@ -216,11 +225,54 @@ def _floor(like: Tensor) -> Tensor:
     return floor
 
 
-def _products(g: Tensor, p: Tensor, m: Tensor, v: Tensor, floors: Tensor, factored: Tensor) -> tuple[Tensor, ...]:
-    """The features of the coordinates but for a factor for each tensor, from averages without correction of bias."""
-    root, now, first = torch.rsqrt(v + floors), g.unsqueeze(0), m[:1]
-    adam = (m * root[1:], now * root[1:], first * root[:1])
-    return m, now, p.unsqueeze(0), *adam, now * factored, first * factored, v[1:] * root[1:]
+class _Buffers:
+    """Where what is computed of a piece is written, and the views of it that are used.
+
+    Attributes:
+        features: ``(13, tensors, width)``.
+        by_tensor: The same, ``(tensors, 13, width)``.
+        roots: ``(2, tensors, width)``, for ``v**-1/2`` and for what is needed at once only.
+        root: The second of them.
+        first: ``(tensors, units, width)``, the first layer.
+        second: The second layer.
+        outputs: ``(tensors, 2, width)``.
+        direction: The first output.
+        magnitude: The second output.
+    """
+
+    def __init__(self, like: Tensor, hidden_size: int, tensors: int, width: int) -> None:
+        self._all = [
+            like.new_empty(_COORDINATE_FEATURES, tensors, width), like.new_empty(2, tensors, width),
+            *(like.new_empty(tensors, units, width) for units in (hidden_size, hidden_size, 2)),
+        ]  # fmt: skip
+        self._view(width)
+
+    def narrowed(self, width: int) -> _Buffers:
+        """The same memory for the last piece, which may be shorter."""
+        found = copy.copy(self)
+        found._view(width)
+        return found
+
+    def _view(self, width: int) -> None:
+        self.features, self.roots, self.first, self.second, self.outputs = (one[..., :width] for one in self._all)
+        self.by_tensor, self.root = self.features.transpose(0, 1), self.roots[1]
+        self.direction, self.magnitude = self.outputs.unbind(1)
+        rows = self.features
+        self._rows = rows[:3], rows[:4], rows[5:9], *rows.unbind(0)
+
+    def products(self, g: Tensor, p: Tensor, m: Tensor, v: Tensor, floors: Tensor, factored: Tensor) -> Tensor:
+        """The features but for a factor for each tensor, from averages without correction of bias."""
+        momenta, seen, adam, *rows = self._rows
+        momenta.copy_(m)
+        rows[3].copy_(g)
+        rows[4].copy_(p)
+        torch.add(v, floors, out=self.roots).rsqrt_()
+        torch.mul(seen, self.root, out=adam)
+        torch.mul(rows[0], self.roots[0], out=rows[9])
+        torch.mul(g, factored, out=rows[10])
+        torch.mul(rows[0], factored, out=rows[11])
+        torch.mul(v[1], self.root, out=rows[12])
+        return self.features
 
 
 def _unbiased(average: Tensor, weights: Tensor, count: Tensor) -> Tensor:
@@ -239,7 +291,7 @@ def _features(
     scale = torch.rsqrt(second_moments[1:].mean(-1, keepdim=True) + 1e-24)
     root = torch.rsqrt(second_moments + 1e-6 * second_moments[1:].mean(-1, keepdim=True) + 1e-24)
     adam = momenta * root[1:]
-    factored = _factored_root(part, second_moments[1:])
+    factored = _factored_root(part, second_moments[1:], second_moments.new_ones(()))
     raw = torch.cat(
         [
             momenta * scale,
@@ -261,13 +313,21 @@ def _features(
     return torch.cat([unit, of_tensor.expand(-1, -1, raw.shape[-1])]), unit[5]
 
 
-def _factored_root(part: SameShape, second_moment: Tensor) -> Tensor:
-    """Like ``v**-1/2``, of the product of the means of v over rows and columns (Adafactor, arXiv 1804.04235)."""
-    mean = second_moment.mean(-1, keepdim=True) + 1e-24
+def _factored_root(part: SameShape, second_moment: Tensor, share: Tensor) -> Tensor:
+    """Like ``v**-1/2``, of the product of the means of v over rows and columns (Adafactor, arXiv 1804.04235).
+
+    Args:
+        part: The tensors.
+        second_moment: ``(1, tensors, size)``, v but for the correction of its bias.
+        share: What it has to be divided by.
+    """
+    mean = second_moment.mean(-1, keepdim=True) / share + 1e-24
     if part.factored is None:
-        return torch.rsqrt(second_moment + 1e-6 * mean)
+        return torch.rsqrt(second_moment / share + 1e-6 * mean)
     second, largest = (position + 2 for position in part.factored)  # after the axes of the feature and of the tensors
     shaped = second_moment.unflatten(-1, part.shape)
-    product = shaped.mean(largest, keepdim=True) * shaped.mean(second, keepdim=True)
-    whole = mean.reshape(*mean.shape[:2], *[1] * len(part.shape))
-    return torch.rsqrt(product / whole + 1e-6 * whole).flatten(2)
+    whole, shares = (
+        tensor.reshape(*mean.shape[:2], *[1] * len(part.shape)) for tensor in (mean, share * torch.ones_like(mean))
+    )
+    product: Tensor = (shaped.mean(largest, keepdim=True) / shares) * (shaped.mean(second, keepdim=True) / shares)
+    return product.div_(whole).add_(1e-6 * whole).rsqrt_().flatten(2)
