@@ -24,13 +24,13 @@ from lightning_l2l.tasks import ImageClassification
 def meta_train(path: str, updates: int) -> None:
     """Train the optimizer over inner trainings of 200 steps, and write it to a file."""
     L.seed_everything(0, verbose=False)
-    learned = SmallFCOptimizer(hidden_size=8, step_multiplier=0.01, normalise_output=True)
+    learned = SmallFCOptimizer(hidden_size=8, step_multiplier=0.03, initialisation="zero_output")
     # An inner training starts from new weights each time; its images are the ones that Digits trains on.
     images, labels = Digits().train.tensors
     tasks = ImageClassification(images, labels, hidden=(32,), batch_size=64)
     meta_training = MetaTraining(
         learned, tasks, unroll_steps=20, episode_steps=200, tasks_at_once=2, populations=5,
-        estimator=Unroll(objective="naive_mean"), meta_data="train", meta_learning_rate=3e-3, warm_down=True,
+        estimator=Unroll(objective="naive_mean"), meta_data="train", meta_learning_rate=0.01, warm_down=True,
     )  # fmt: skip
     L.Trainer(max_steps=updates, max_epochs=-1, gradient_clip_val=1.0, **QUIET).fit(meta_training)
     learned.tasks = "digits, 64-32-10"
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     options = parser.parse_args(arguments)
     prepare()
     torch.manual_seed(0)
-    untrained = SmallFCOptimizer(hidden_size=8, step_multiplier=0.01, normalise_output=True)
+    untrained = SmallFCOptimizer(hidden_size=8, step_multiplier=0.03, initialisation="zero_output")
     meta_train(options.file, 4 if options.quick else 80)
     optimizers = {
         "Adam, rate 0.032": partial(torch.optim.Adam, lr=0.032),  # the best of a grid, see docs/learned-optimizers.md

@@ -83,7 +83,7 @@ def test_python_of_the_page_runs_in_order(page: Path) -> None:
     names: dict[str, object] = {"__name__": page.stem}
     for number, block in enumerate(blocks(page.read_text(encoding="utf-8"), "python")):
         # A meta-training of a minute is the right advice; that its code runs shows in three of its steps.
-        block = block.replace("max_steps=150", "max_steps=3")
+        block = block.replace("max_steps=100", "max_steps=3")
         exec(compile(block, f"{page.name}, block {number + 1}", "exec"), names)
 
 

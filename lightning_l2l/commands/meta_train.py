@@ -30,6 +30,7 @@ from lightning_l2l import (
 )
 from lightning_l2l.commands.evaluate import add_task_arguments, compare, make_family
 from lightning_l2l.functional import inner_optimizer
+from lightning_l2l.learned.coordinatewise import Initialisation
 from lightning_l2l.plotting import STYLES, new_figure, require_matplotlib
 
 _CHECKPOINT = "meta_training"
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer", default="small_fc", choices=["small_fc", "mlp", "lstm", "adam", "sgd"],
         help="a network, or the hyperparameters of adam or sgd from a rate that is far too small (%(default)s)",
     )  # fmt: skip
-    option("--updates", type=int, default=300, help="meta-updates (%(default)s)")
+    option("--updates", type=int, default=100, help="meta-updates (%(default)s)")
     option("--unroll-steps", type=int, default=20, help="training steps that a meta-gradient covers (%(default)s)")
     option("--episode-steps", type=int, default=200, help="steps of a whole training; 0: one unroll (%(default)s)")
     option("--tasks-at-once", type=int, default=4, help="tasks side by side (%(default)s)")
@@ -87,10 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exact, truncated at the end of an unroll; or by evolution strategies (%(default)s)",
     )  # fmt: skip
     option("--first-order", action="store_true", help="leave out the derivative of the inner gradients")
-    option("--meta-learning-rate", type=float, default=3e-3, help="of the meta-optimizer, Adam (%(default)s)")
+    option("--meta-learning-rate", type=float, default=0.01, help="of the meta-optimizer, Adam (%(default)s)")
     option("--clip", type=float, default=1.0, help="largest norm of a meta-gradient (%(default)s)")
-    option("--raw-output", action="store_true", help="networks: do not normalise the size of the steps")
-    option("--step-multiplier", type=float, default=0.01, help="networks: multiplies the steps (%(default)s)")
+    option(
+        "--normalise-output", action="store_true",
+        help="networks: steps of one size, at random at first; without it they are zero at first, of any size later",
+    )  # fmt: skip
+    option("--step-multiplier", type=float, default=0.03, help="networks: multiplies the steps (%(default)s)")
     option("--resume", action="store_true", help="go on from the checkpoint in the folder, with the same options")
     option("--seed", type=int, default=0, help="of initial weights, tasks and batches (%(default)s)")
     option("--compare-steps", type=int, help="steps of the comparison; default: as many as it was trained on")
@@ -112,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     if options.resume and not checkpoint.exists():
         raise ValueError(f"There is no {checkpoint} to resume from; leave --resume out to begin.")
     learned = make_optimizer(
-        options.optimizer, options.seed, normalise_output=not options.raw_output, multiplier=options.step_multiplier
+        options.optimizer, options.seed, normalise_output=options.normalise_output, multiplier=options.step_multiplier
     )
     family, episode = make_family(options), options.episode_steps or None
     estimator: Unroll | EvolutionStrategies = Unroll(objective=options.objective, second_order=not options.first_order)
@@ -152,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def make_optimizer(
-    name: str, seed: int, *, normalise_output: bool = True, multiplier: float = 0.01
+    name: str, seed: int, *, normalise_output: bool = False, multiplier: float = 0.03
 ) -> LearnedOptimizer:
     """A learned optimizer that has learned nothing yet; the global random numbers stay as they are.
 
@@ -160,7 +164,8 @@ def make_optimizer(
         name: ``"small_fc"``, ``"mlp"``, ``"lstm"``, or ``"adam"`` and ``"sgd"``, which learn hyperparameters, starting
             from a rate that is far too small.
         seed: For the initial weights.
-        normalise_output: For the networks: every step has the same root mean square.
+        normalise_output: For the networks: every step has the same root mean square, also the first ones, which are
+            random. Without it a network's steps are zero until it has learned some.
         multiplier: For the networks: multiplies the steps.
     """
     if name == "adam":
@@ -170,8 +175,10 @@ def make_optimizer(
         return LearnedHyperparameters(("learning_rate", "momentum")).attach(sgd)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        if name == "mlp":
-            return MLPOptimizer(32, multiplier, initialisation="scaled", normalise_output=normalise_output)
+        common: dict[str, Any] = {"step_multiplier": multiplier, "normalise_output": normalise_output}
         if name == "lstm":
-            return LSTMOptimizer(step_multiplier=multiplier, normalise_output=normalise_output)
-        return SmallFCOptimizer(8, multiplier, normalise_output=normalise_output)
+            return LSTMOptimizer(**common, initial_output="random" if normalise_output else "zero")
+        start: Initialisation = "scaled" if normalise_output else "zero_output"
+        if name == "mlp":
+            return MLPOptimizer(32, **common, initialisation=start)
+        return SmallFCOptimizer(8, **common, initialisation=start)
