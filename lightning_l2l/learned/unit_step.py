@@ -54,7 +54,7 @@ class UnitStepOptimizer(CoordinatewiseOptimizer):
     steps, and worse at 1000. Longer trainings and larger networks were not tried.
 
     Cost: 13 features, computed twice, and two small layers for each number: for a million parameters 15 times a step of
-    AdamW (foreach) as one matrix, 13 times as 57 tensors, on one thread (``tests/benchmarks/cost.py --part step``).
+    AdamW (foreach) as one matrix, 14 times as 57 tensors, on one thread (``tests/benchmarks/cost.py --part step``).
     Where it is differentiated, several times that. State: five numbers per parameter.
 
     Args:
