@@ -244,8 +244,8 @@ def write_page(results: Results, times: Results, page: Path | None) -> str:
         results_table(found, "test_at_best"),
         "What was to be reached: from the careless rate within half a point of accuracy, or 2 %, of the best of the "
         "grid; on top of the schedule no worse than the schedule; from the usual rate better than that on two thirds "
-        "of the tasks. Differences are within the seeds: mean and standard deviation. A goal is met or missed by the mean; "
-        "*noise* is a mean less than two of its standard errors beyond the goal.",
+        "of the tasks. Differences are within the seeds: mean and standard deviation. A goal is met or missed by the "
+        "mean; *noise* is a mean less than two of its standard errors beyond the goal.",
         goals_table(found),
         *(["What it costs:", times_table(found, times)] if times else []),
         "What was said during the runs:",
