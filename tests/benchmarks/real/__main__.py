@@ -34,6 +34,7 @@ CARELESS = 1e-5
 ROWS: dict[str, tuple[str, tuple[float, ...], bool]] = {
     "usual": ("plain", (1.0,), False),
     "l2l-usual": ("LearnToLearn", (1.0,), False),
+    "l2l-average": ("averaged", (1.0,), False),
     "schedule": ("plain", (1.0,), True),
     "l2l-schedule": ("LearnToLearn", (1.0,), True),
     "careless": ("plain", (CARELESS,), False),

@@ -124,6 +124,7 @@ def results_table(found: list[Found], of: str = "test") -> str:
             "careless + L2L": lambda one: one.show(one.at("LearnToLearn", CARELESS), of),
             "usual": lambda one: one.show(one.at("plain", USUAL), of),
             "usual + L2L": lambda one: one.show(one.at("LearnToLearn", USUAL), of),
+            "usual + L2L, averaged": lambda one: one.show(one.at("averaged", USUAL), of),
             "schedule": lambda one: one.show(one.at("plain", USUAL, True), of),
             "schedule + L2L": lambda one: one.show(one.at("LearnToLearn", USUAL, True), of),
             "best of grid": lambda one: one.show_best() if of == "test" else one.show(one.best()[1], of),
@@ -234,7 +235,7 @@ def write_page(results: Results, times: Results, page: Path | None) -> str:
     found = [Found(results, task) for task in TASKS if any(run.task == task for run in results)]
     parts = [
         "Test data after the last step: means and standard deviations over "
-        f"{seeds_of(found, 'plain', 'LearnToLearn')}; where there is no ±, it is one seed. Of losses less is "
+        f"{seeds_of(found, 'plain', 'LearnToLearn', 'averaged')}; where there is no ±, it is one seed. Of losses less is "
         "better, of the others more. *Edge*: the best rate of the grid was its smallest or largest.",
         results_table(found),
         "Beside opponents, and beside the exact meta-gradient, over "

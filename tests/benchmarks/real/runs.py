@@ -171,7 +171,8 @@ class Method:
 METHODS = {
     "plain": Method(),
     "LearnToLearn": Method(lambda: [LearnToLearn()]),
-    "Unroll": Method(lambda: [LearnToLearn(Unroll(steps=5))], unsuited=("gan", "sparse", "minilm", "lora")),
+    "averaged": Method(lambda: [LearnToLearn(average_weights=True)]),
+    "Unroll": Method(lambda: [LearnToLearn(Unroll(steps=5))], unsuited=("gan", "sparse", "minilm")),
     "GreedyLR": Method(lambda: [Greedy()], unsuited=("gan",)),
     "schedule-free": Method(lambda: [ScheduleFreeModes()], schedule_free, unsuited=("gan", "sparse")),
     "Prodigy": Method(optimizer=prodigy, unsuited=("gan", "sparse", "resnet")),
