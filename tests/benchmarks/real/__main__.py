@@ -118,9 +118,9 @@ def main() -> None:
         TASKS[run.task].data()  # what is cached of it, the forked process has: some files take ten seconds to read
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
             outcome = pool.submit(alone, run, arguments.steps, arguments.accelerator).result()
-        found[run] = outcome
         save(path, run, outcome)
         print(f"{number}/{len(runs)} {run}: {outcome.test:.4g} in {outcome.seconds:.0f} s {outcome.note}", flush=True)
+    results, times = load(arguments.results), load(timed_path)  # all of them rounded, so that equal runs are equal
     print(write_page(results, times, DOCS / "evidence.md" if for_docs else None))
     if for_docs:
         draw(results, DOCS / "figures")

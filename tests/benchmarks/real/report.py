@@ -235,8 +235,8 @@ def write_page(results: Results, times: Results, page: Path | None) -> str:
     found = [Found(results, task) for task in TASKS if any(run.task == task for run in results)]
     parts = [
         "Test data after the last step: means and standard deviations over "
-        f"{seeds_of(found, 'plain', 'LearnToLearn', 'averaged')}; where there is no ±, it is one seed. Of losses less is "
-        "better, of the others more. *Edge*: the best rate of the grid was its smallest or largest.",
+        f"{seeds_of(found, 'plain', 'LearnToLearn', 'averaged')}; where there is no ±, it is one seed. Of losses less "
+        "is better, of the others more. *Edge*: the best rate of the grid was its smallest or largest.",
         results_table(found),
         "Beside opponents, and beside the exact meta-gradient, over "
         f"{seeds_of(found, 'GreedyLR', 'schedule-free', 'Prodigy', 'Unroll')}:",
