@@ -45,8 +45,7 @@ _UNKNOWN = 1000  # steps that are assumed where something is in proportion to a 
 _STILL, _RAMP, _UNANIMOUS = 0.3, 2.0, -0.1
 _NOWHERE, _RAMP_FROM_NOWHERE, _SETTLED = 1e-5, 10.0, 3
 # Where that would be less than _CARELESS, nobody has chosen the rate. It is doubled while gradients agree at all, and
-# beyond _STILL, up to _BOLD, while they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY). The less they
-# agree, the more cosines it takes to see that.
+# beyond _STILL, up to _BOLD, while they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY).
 _CARELESS, _BOLD, _NEARLY, _CLEARLY = 0.003, 4.0, 0.7, -0.2
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
 # The search for a rate, where the one that was given diverges: steps of each trial, as a part of the training and at
@@ -280,6 +279,10 @@ class _Cosines:
     def mean(self) -> float:
         return self.total / self.count if self.count else math.nan
 
+    def shows(self, asked: float) -> bool:
+        """Whether they are as negative as asked; the less that is, the more cosines it takes to see it."""
+        return self.mean <= asked < 0 and self.count * asked**2 >= _CLEARLY**2
+
     @property
     def error(self) -> float:
         """The standard error of the mean; 1 where nobody knows."""
@@ -301,6 +304,8 @@ class _Unit:
         begun: The step before its first gradient.
         was_chosen: Whether somebody can have chosen its rate; ``None`` while nobody knows.
         has_moved: Whether its weights have ever moved by more than next to nothing.
+        raised_at: The step of the last fast rise.
+        raised_by: What it multiplied the rate by.
     """
 
     recent: _Cosines = field(default_factory=_Cosines)
@@ -311,6 +316,8 @@ class _Unit:
     begun: int | None = None
     was_chosen: bool | None = None
     has_moved: bool = False
+    raised_at: int = 0
+    raised_by: float = 1.0
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> _Unit:
@@ -425,23 +432,26 @@ class Rule:
     def _ramp(self, step: int, moved: float, steps: int, last: float, unit: int) -> None:
         """Raise a rate at which nothing would ever happen; where the dtype is too coarse, no weight moves at all."""
         seen = self._units[unit]
+        if step - seen.raised_at < 2:  # the weights have not moved at the present rate yet
+            moved *= seen.raised_by
         reach = moved / min(steps, (step + 8) / 9) * self._length
         if seen.was_chosen is None:
             seen.was_chosen = reach >= _CARELESS
         nowhere = moved < _NOWHERE and not seen.recent.mean >= 0
         rises = False
         if reach < _STILL and not seen.has_moved:
-            rises = nowhere or seen.recent.mean < (_UNANIMOUS if seen.was_chosen else 0.0)
+            agree = seen.recent.mean < _UNANIMOUS if seen.was_chosen else seen.at_rate.shows(seen.at_rate.mean)
+            rises = nowhere or agree
             if not math.isnan(last):
                 seen.still.add(last)
         elif reach >= _STILL:
             seen.has_moved = True  # where it hardly moves from now on, it has converged
             asked = max(_CLEARLY, _NEARLY * seen.still.mean)
-            is_known = asked < 0 and seen.at_rate.count >= (_CLEARLY / asked) ** 2
-            rises = not seen.was_chosen and reach < _BOLD and is_known and seen.at_rate.mean < asked
+            rises = not seen.was_chosen and reach < _BOLD and seen.at_rate.shows(asked)
         if rises and (nowhere or self.is_guarded):
-            self.log_factors[unit] += math.log(_RAMP_FROM_NOWHERE if nowhere and self.is_guarded else _RAMP)
-            self.ramp_steps = step
+            seen.raised_by = _RAMP_FROM_NOWHERE if nowhere and self.is_guarded else _RAMP
+            self.log_factors[unit] += math.log(seen.raised_by)
+            self.ramp_steps = seen.raised_at = step
             seen.at_rate = _Cosines()
 
     def evidence(self, unit: int = 0) -> tuple[float, float]:

@@ -105,7 +105,8 @@ class Rule(LeaveAlone):
         self.peak = self.share = torch.ones(runs)
         self.ramps = ~scheduled
         self.judged, self.chosen_by_user, self.has_moved = torch.zeros(3, runs, dtype=torch.bool)
-        self.agreed, self.agreements, self.agree, self.since = torch.zeros(4, runs)
+        self.agreed, self.agreements, self.agree, self.since, self.raised_at = torch.zeros(5, runs)
+        self.raised_by = torch.ones(runs)
         # The losses.
         self.first, self.lowest = torch.full((runs,), math.nan), torch.full((runs,), math.inf)
         self.mean, self.seen, self.high, self.returns, self.rollbacks = torch.zeros(5, runs)
@@ -145,6 +146,7 @@ class Rule(LeaveAlone):
 
     def rise_at_once(self, t: int, moved: Tensor, cosine: Tensor, ok: Tensor) -> None:
         asks = self.ramps & (self.age > 3)
+        moved = torch.where(t - self.raised_at < 2, moved * self.raised_by, moved)
         reach = moved / self.age.clamp(max=(t + 8) / 9) * self.length
         self.chosen_by_user = torch.where(self.judged | ~asks, self.chosen_by_user, reach >= self.careless)
         self.judged = self.judged | asks
@@ -153,15 +155,19 @@ class Rule(LeaveAlone):
         nowhere = (moved < self.nowhere) & ((self.count == 0) | (self.sum < 0)) & small
         self.agree, self.since = self.agree + cosine, self.since + ok
         asked = (self.nearly * self.agreed / self.agreements.clamp(min=1)).clamp(min=self.clearly)
-        further = (reach >= self.still) & (reach < self.bold) & (asked < 0) & (self.since * asked.square() >= self.clearly**2)
-        further &= self.agree < asked * self.since
-        careless = torch.where(small, mean < 0, further)
+        further = (reach >= self.still) & (reach < self.bold)
+        further &= (asked < 0) & (self.since * asked.square() >= self.clearly**2)
+        further &= self.agree <= asked * self.since
+        agree = (self.agree < 0) & (self.agree.square() >= self.clearly**2 * self.since)
+        careless = torch.where(small, agree, further)
         rises = nowhere | torch.where(self.chosen_by_user, small & (mean < self.unanimous), careless)
         counts = asks & small & ok
         self.agreed, self.agreements = self.agreed + torch.where(counts, cosine, 0.0), self.agreements + counts
         step = torch.where(nowhere, math.log(self.ramp_from_nowhere), math.log(self.ramp))
         self.log = torch.where(rises & asks, self.log + step, self.log)
         self.agree, self.since = torch.where(rises & asks, 0.0, self.agree), torch.where(rises & asks, 0.0, self.since)
+        self.raised_at = torch.where(rises & asks, t, self.raised_at)
+        self.raised_by = torch.where(rises & asks, step.exp(), self.raised_by)
 
     def fits(self, t: int) -> bool:
         return t + self.trial_length < self.tail * self.steps
