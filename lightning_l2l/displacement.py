@@ -46,7 +46,7 @@ _STILL, _RAMP, _UNANIMOUS = 0.3, 2.0, -0.1
 _NOWHERE, _RAMP_FROM_NOWHERE, _SETTLED = 1e-5, 10.0, 3
 # Where that would be less than _CARELESS, nobody has chosen the rate. It is doubled while gradients agree at all, and
 # beyond _STILL, up to _BOLD, while they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY).
-_CARELESS, _BOLD, _NEARLY, _CLEARLY = 0.003, 4.0, 0.7, -0.2
+_CARELESS, _BOLD, _NEARLY, _CLEARLY = 0.003, 1.0, 0.7, -0.2
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
 # The search for a rate, where the one that was given diverges: steps of each trial, as a part of the training and at
 # least, and by how much a third of the rate must do better, as a part of the first loss.

@@ -36,8 +36,9 @@ def test_sharded_parameters_learn_the_rates_of_ddp(tmp_path: Path) -> None:
 @pytest.mark.feature("DDP", "works", "the rates of one process with all the batches", topic="strategy")
 def test_two_processes_learn_the_rates_of_one(tmp_path: Path) -> None:
     (one,), two = launch(tmp_path, learn, "plain", 1, count=1), launch(tmp_path, learn, "ddp", 2)
-    # The gradient of attention's key bias is rounding noise, of which Adam makes whole steps.
-    assert rates(two[0]) == pytest.approx(rates(one), rel=0.15)
+    # The gradient of attention's key bias is rounding noise, of which Adam makes whole steps: the runs drift apart.
+    assert rates(two[0])[:5] == pytest.approx(rates(one)[:5], rel=0.02)
+    assert rates(two[0]) == pytest.approx(rates(one), rel=0.5)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("sharded", marks=sharding), "ddp"])

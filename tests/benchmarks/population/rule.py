@@ -81,7 +81,7 @@ class Rule(LeaveAlone):
     ramp: float = 2.0
     ramp_from_nowhere: float = 10.0
     careless: float = 0.003
-    bold: float = 4.0
+    bold: float = 1.0
     nearly: float = 0.7
     clearly: float = -0.2
     trial: float = 0.02
