@@ -44,8 +44,8 @@ _UNKNOWN = 1000  # steps that are assumed where something is in proportion to a 
 # while the cosine is below _UNANIMOUS; one at which they have moved by less than _NOWHERE is multiplied by ten.
 _STILL, _RAMP, _UNANIMOUS = 0.3, 2.0, -0.1
 _NOWHERE, _RAMP_FROM_NOWHERE, _SETTLED = 1e-5, 10.0, 3
-# Where that would be less than _CARELESS, nobody has chosen the rate. It is doubled while gradients agree at all, and
-# beyond _STILL, up to _BOLD, while they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY).
+# Where that would be less than _CARELESS, nobody has chosen the rate. It is doubled once it can be seen that gradients
+# agree, and beyond _STILL, up to _BOLD, while they agree nearly as much as before (_NEARLY), or clearly (_CLEARLY).
 _CARELESS, _BOLD, _NEARLY, _CLEARLY = 0.003, 1.0, 0.7, -0.2
 _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
 # The search for a rate, where the one that was given diverges: steps of each trial, as a part of the training and at
