@@ -345,10 +345,12 @@ class Rule:
         decays: Whether the rate may fall to zero at the end.
         has_schedule: Whether a scheduler moves the rate, too. It is a plan: nothing rises fast, nothing rises after a
             few passes over the data, nothing falls to zero.
-        is_guarded: Whether a run that is lost is taken back. Else a rate rises at once only where the weights do not
-            move at all, or nearly.
         plays: Whether this is one player of a game, whose steps count against those of others. It may go on for ever in
             one direction without progress, so there only a rate that is far too small rises.
+
+    Attributes:
+        is_guarded: Whether a run that is lost is taken back. Else a rate rises at once only where the weights do not
+            move at all, or nearly.
     """
 
     def __init__(
@@ -362,13 +364,12 @@ class Rule:
         ramps: bool,
         decays: bool,
         has_schedule: bool = False,
-        is_guarded: bool = True,
         plays: bool = False,
     ) -> None:
         self.planned_steps = planned_steps
         self.only_observes = speed == 0
         self.has_schedule = has_schedule
-        self.is_guarded = is_guarded
+        self.is_guarded = False
         self.ramps = ramps and speed > 0 and not has_schedule
         self.log_factors = [0.0] * units
         self.ramp_steps = 0

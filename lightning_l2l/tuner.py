@@ -133,7 +133,6 @@ class Displacement:
             ramps=initial_search and not _warms_up(optimizer),
             decays=self.final_decay,
             has_schedule=has_schedule,
-            is_guarded=divergence_guard,
             plays=is_player,
         )
         return Tuner(optimizer, rule, modules=modules, search=initial_search, guard=divergence_guard, seed=seed)

@@ -91,7 +91,6 @@ class UnrollTuner(Tuner):
             every_n_steps=every_n_steps,
             speed=meta_learning_rate,
             ramps=initial_search,
-            is_guarded=divergence_guard,
             decays=False,
             has_schedule=has_schedule,
         )
