@@ -92,6 +92,7 @@ class RunningAverage:
         self._followed: list[int] = []
         self._last = 0
         self._has_matrices = False
+        self._has_complex = False
         self.follow()
 
     def follow(self) -> None:
@@ -104,6 +105,7 @@ class RunningAverage:
         self._average = {p: self._average[p] if p in self._average else _copied(p) for p in parameters}
         self._followed = followed if len(parameters) == len(followed) else []
         self._has_matrices = any(parameter.dim() > 1 for parameter in parameters)
+        self._has_complex = any(parameter.is_complex() for parameter in parameters)
         # Then sums over the parameters are sums over all processes (FSDP2).
         self.is_sharded = any(hasattr(parameter, "to_local") for parameter in parameters)
 
@@ -125,9 +127,11 @@ class RunningAverage:
         self._last = step
 
     def _seen_as(self, tensors: list[Tensor], averages: list[Tensor]) -> list[Tensor]:
-        """Local shards of weights or gradients, in the dtypes of the averages."""
+        """Local shards of weights or gradients, in the dtypes of the averages; complex ones as pairs of numbers."""
         if self.is_sharded:
             tensors = [local(tensor) for tensor in tensors]
+        if self._has_complex:
+            tensors = [_real(tensor) for tensor in tensors]
         return [t if t.dtype == a.dtype else t.to(a.dtype) for t, a in zip(tensors, averages, strict=True)]
 
     @torch.no_grad()
@@ -141,8 +145,9 @@ class RunningAverage:
         """
         options = self.optimizer.param_groups[group]
         parameters = [p for p in options["params"] if p.grad is not None and p in self._average]
-        if not parameters:
-            return torch.zeros(5)
+        if not parameters:  # what the other groups and the other steps have is on the device, too
+            device = next((p.device for p in [*options["params"], *self._average]), torch.device("cpu"))
+            return torch.zeros(5, dtype=_double(device), device=device)
         averages = [self._average[p] for p in parameters]
         gradients = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
         parts = list(
@@ -158,7 +163,7 @@ class RunningAverage:
             rows += [gradient.dot(moved), gradient.dot(gradient), moved.dot(moved)]
             rows += [rows[-1], weights.dot(weights)] if is_counted else [rows[-1].new_zeros(())] * 2
         device = rows[0].device
-        double = torch.float32 if device.type == "mps" else torch.float64
+        double = _double(device)
         sums = torch.stack([row.to(device) for row in rows]).to(double).view(-1, 5)
         if self.is_sharded:
             sums = sums * torch.tensor([[_share(p)] for p in parameters], dtype=double, device=device)
@@ -196,7 +201,7 @@ class RunningAverage:
             1.0
         """
         for parameter, average in self._average.items():
-            weights = local(parameter)
+            weights = _real(local(parameter))
             if parameter in self._aside:
                 weights.copy_(self._aside.pop(parameter))
                 continue
@@ -213,16 +218,16 @@ class RunningAverage:
         pairs = self._average.items()
         away = self._is_exchanged
         return {
-            "average": [local(p) if away and p not in self._aside else average for p, average in pairs],
+            "average": [_real(local(p)) if away and p not in self._aside else average for p, average in pairs],
             "last": self._last,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Go on from a saved state; False, and nothing happens, where it is of other shapes or was not saved."""
-        averages = list(self._average.values())
-        if [a.shape for a in averages] != [a.shape for a in state["average"]]:
+        averages, saved = list(self._average.values()), [_real(average) for average in state["average"]]
+        if [a.shape for a in averages] != [a.shape for a in saved]:
             return False
-        torch._foreach_copy_(averages, [a.to(b) for a, b in zip(state["average"], averages, strict=True)])
+        torch._foreach_copy_(averages, [a.to(b) for a, b in zip(saved, averages, strict=True)])
         self._last = state["last"]
         return True
 
@@ -248,8 +253,17 @@ def _joined(
 
 
 def _copied(parameter: Tensor) -> Tensor:
-    weights = local(parameter)
+    weights = _real(local(parameter))
     return weights.to(torch.promote_types(weights.dtype, torch.float32), copy=True)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, whose inner product is the one that a gradient is made for."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _double(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _share(parameter: Tensor) -> float:

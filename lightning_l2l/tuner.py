@@ -270,7 +270,8 @@ class Tuner:
         return [f"{key}/{label if len(set(labels)) == len(labels) else index}" for index, label in enumerate(labels)]
 
     def _measure(self) -> Tensor:
-        return torch.stack([self.average.measure(group) for group in range(len(self.optimizer.param_groups))])
+        sums = [self.average.measure(group) for group in range(len(self.optimizer.param_groups))]
+        return torch.stack([row.to(sums[0]) for row in sums])
 
     # What the loop calls.
 

@@ -382,6 +382,37 @@ def test_a_checkpoint_of_a_run_without_the_option_is_resumed_with_it(
     assert difference(weights(expected), weights(module)) == ""  # the callback's state had it
 
 
+def test_a_checkpoint_of_after_the_fit_is_resumed_from_the_averages_and_that_is_said(
+    trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class First(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.weights = weights(pl_module)
+
+    fitted, module, _ = fit(trainer, returning())
+    fitted.save_checkpoint(tmp_path / "x.ckpt")
+    first = First()
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        fit(trainer, returning(), first, resume=tmp_path / "x.ckpt", max_epochs=5)
+    assert "or after the fit. The training goes on from its state_dict" in caplog.text
+    assert difference(weights(module), first.weights) == ""
+
+
+def test_complex_weights_are_returned_and_resumed_as_averages(trainer: Any, tmp_path: Path) -> None:
+    class Complex(Deterministic):
+        def make_net(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(6, 8, dtype=torch.complex64), nn.Linear(8, 3, dtype=torch.complex64))
+
+        def loss(self, batch: Any) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0].to(torch.complex64)).abs(), batch[1])
+
+    saves = Saves(tmp_path / "x.ckpt", 7)
+    whole = fit(trainer, returning(), saves, module=Complex(MOMENTUM))
+    again = fit(trainer, returning(), module=Complex(MOMENTUM), resume=tmp_path / "x.ckpt")
+    assert_same(whole, again)
+    assert difference(weights(whole[1]), dict(torch.load(tmp_path / "x.ckpt")["current_model_state"])) != ""
+
+
 def test_without_the_callback_a_checkpoint_is_one_of_the_averages(trainer: Any, tmp_path: Path) -> None:
     class Tested(Deterministic):
         def test_step(self, batch: Any, batch_idx: int) -> None:

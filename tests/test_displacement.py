@@ -492,6 +492,46 @@ def test_a_parameter_without_a_gradient_does_not_count() -> None:
     assert_equal(tuner.history, twin, 1e-9)
 
 
+def test_a_group_without_a_gradient_has_zeros_that_go_with_the_numbers_of_the_others() -> None:
+    parameters, unused = two(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    groups = [{"params": [unused]}, {"params": parameters}]
+    tuner, _ = train(parameters, torch.optim.SGD(groups, lr=0.05), noisy_valley(parameters), steps=2)
+    unmeasured, measured = (tuner.average.measure(group) for group in range(2))
+    assert unmeasured.dtype == measured.dtype == torch.float64 and unmeasured.device == measured.device
+    assert not unmeasured.any() and measured.all()
+
+
+def test_complex_weights_are_pairs_of_real_ones() -> None:
+    records, averages = [], []
+    for kind in (torch.complex128, torch.float64):
+        weight = nn.Parameter(torch.tensor([[3.0, -1.0], [0.5, 2.0]], dtype=torch.float64))
+        if kind is torch.complex128:
+            weight = nn.Parameter(torch.view_as_complex(weight.detach()))
+        optimizer = torch.optim.SGD([{"params": [weight]}], lr=0.01)
+        tuner = Displacement().attach(optimizer, planned_steps=90)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(90):
+            pairs = torch.view_as_real(weight) if weight.is_complex() else weight
+            noise = torch.randn(2, 2, generator=generator, dtype=torch.float64)
+            loss = (pairs.square() * torch.tensor([1.0, 3.0])).sum() + 0.1 * (noise * pairs).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            tuner.step(loss)
+        again = Displacement().attach(optimizer, planned_steps=90)
+        again.load_state_dict(tuner.state_dict())
+        before = weight.detach().clone()
+        again.average.exchange()
+        averages.append((torch.view_as_real(weight) if weight.is_complex() else weight).detach().clone())
+        again.average.exchange()
+        assert torch.equal(before, weight)
+        records.append([(record["cosine"], record["learning_rates"]) for record in tuner.history])
+    for (cosine, rates), (expected, expected_rates) in zip(*records, strict=True):
+        assert cosine == pytest.approx(expected, abs=1e-9) and rates == pytest.approx(expected_rates)
+    assert torch.allclose(*averages) and not torch.equal(averages[1], before)
+    assert records[0][-1][1] != [0.01]
+
+
 def test_a_group_that_is_added_is_measured_from_then_on() -> None:
     parameters = two()
     optimizer = torch.optim.SGD(parameters[:1], lr=0.05)

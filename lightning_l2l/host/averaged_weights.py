@@ -262,8 +262,8 @@ class AveragedWeights:
         if _TRAINING_WEIGHTS not in checkpoint or _OF_LIGHTNING in checkpoint:
             if self.is_on:
                 rank_zero_info(
-                    "LearnToLearn: the checkpoint was saved without average_weights=True. The training goes on from "
-                    "its state_dict, and so does the average, unless the callback's state has it."
+                    "LearnToLearn: the checkpoint was saved without average_weights=True, or after the fit. The "
+                    "training goes on from its state_dict, and so does the average, unless the callback's state has it."
                 )
             return
         if not self.is_on:
