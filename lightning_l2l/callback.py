@@ -154,11 +154,15 @@ class LearnToLearn(pl.Callback):
         self._model: Callable[[], Any] = _nobody
         self._said: set[str] = set()
         self._logged: tuple[int, list[float]] | None = None
+        self._epoch_steps = math.inf
         self._losses: list[torch.Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles (of ``ddp_spawn``) know of no model."""
-        return {**vars(self), "_model": _nobody}
+        """Copies and pickles (of ``ddp_spawn``) know of no model, and are of no run."""
+        alone = {"_model": _nobody, "_tuners": [], "_held_out": None, "_compare": None, "_cleanup": ExitStack()}
+        of_lightning = ("log", "log_dict")  # bound to the module
+        kept = {name: value for name, value in vars(self).items() if name not in of_lightning}
+        return {**kept, **alone, "_batch": None, "_losses": [], "_saved": self.state_dict()}
 
     # Hooks of the Trainer, in the order in which they are called.
 
@@ -202,6 +206,9 @@ class LearnToLearn(pl.Callback):
         self._cleanup.enter_context(self._averaged.returned(trainer, pl_module, self._tuners, self.seed))
         steps = _StepsSchedulers(pl_module.lr_scheduler_step, self._tuners, trainer)
         self._cleanup.enter_context(hidden_attribute(pl_module, "lr_scheduler_step", steps))
+        hands_out = _HandsOutSchedulers(pl_module.lr_schedulers, steps)
+        self._cleanup.enter_context(hidden_attribute(pl_module, "lr_schedulers", hands_out))
+        self._epoch_steps = lightning_api.steps_of_an_epoch(trainer)
         self._show_rates()
 
     def _attach(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tuner:
@@ -281,6 +288,14 @@ class LearnToLearn(pl.Callback):
             seed=self.seed,
         )
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Plan anew where an epoch is of another length: reloaded data, another accumulation."""
+        steps = lightning_api.steps_of_an_epoch(trainer)
+        if steps != self._epoch_steps and not lightning_api.is_manual(pl_module):
+            self._epoch_steps = steps
+            for tuner in self._tuners:
+                tuner.rule.plan(lightning_api.planned_steps(trainer, tuner.steps, trainer.current_epoch))
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -291,6 +306,7 @@ class LearnToLearn(pl.Callback):
                 state = tuner.state_dict()
                 tuner.close()
                 self._tuners[number] = self._attach(trainer, pl_module, optimizer)
+                self._tuners[number].rule.plan(tuner.rule.planned_steps)
                 self._tuners[number].load_state_dict(state)
         self._show_rates()
         self._averaged.see_batch(batch, batch_idx)
@@ -507,11 +523,50 @@ class _StepsSchedulers:
         self._trainer = trainer
 
     def __call__(self, *arguments: Any) -> None:
+        self.around(self._original, *arguments)
+
+    def around(self, step: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """Call whatever steps a scheduler.
+
+        Args:
+            step: What.
+            arguments: Its arguments.
+            options: Its named arguments.
+        """
         with ExitStack() as stack:
             for tuner in self._tuners:
                 stack.enter_context(tuner.rates.hidden())
-            self._original(*arguments)
+            step(*arguments, **options)
         lightning_api.show_last_rates(self._trainer)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._original,)
+
+
+class _HandsOutSchedulers:
+    """The module's ``lr_schedulers``, for those that are stepped by hand: each with the base rates in the groups."""
+
+    def __init__(self, original: Any, steps: _StepsSchedulers) -> None:
+        self._original = original
+        self._steps = steps
+
+    def __call__(self) -> Any:
+        found = self._original()
+        return [self._wrapped(each) for each in found] if isinstance(found, list) else self._wrapped(found)
+
+    def _wrapped(self, scheduler: Any) -> Any:
+        """An object of the scheduler's class, with its very attributes, that steps as the Trainer would."""
+        if not hasattr(scheduler, "__dict__"):
+            return scheduler
+        kind, around = type(scheduler), self._steps.around
+
+        def step(_: Any, *arguments: Any, **options: Any) -> None:
+            around(scheduler.step, *arguments, **options)
+
+        own = {"step": step, "__module__": kind.__module__, "__reduce__": lambda _: (_itself, (scheduler,))}
+        wrapped: Any = object.__new__(type(kind.__name__, (kind,), own))
+        wrapped.__dict__ = vars(scheduler)
+        return wrapped
 
     def __reduce__(self) -> Any:
         return _itself, (self._original,)

@@ -380,7 +380,6 @@ class Rule:
         has_schedule: bool = False,
         plays: bool = False,
     ) -> None:
-        self.planned_steps = planned_steps
         self.only_observes = speed == 0
         self.has_schedule = has_schedule
         self.is_guarded = False
@@ -390,10 +389,9 @@ class Rule:
         self.trial_ends = math.inf
         self.best_loss = math.inf  # of all trials
         self._chosen: list[float] = []
-        self._length = planned_steps if planned_steps < math.inf else _UNKNOWN
         self._every = every_n_steps
         self._speed = speed * _SPEED
-        self._decays = decays and speed > 0 and planned_steps < math.inf and not has_schedule
+        self._decays = decays and speed > 0 and not has_schedule
         self._plays = plays
         self._floor = 0.0
         self._units = [_Unit() for _ in range(units)]
@@ -401,8 +399,21 @@ class Rule:
         self._decay_from = math.inf
         self._last = 0
         self._next = float(every_n_steps or _FIRST_UPDATE)
-        self._decay_at = math.ceil(_DECAY_AT * planned_steps) if self._decays else math.inf
         self._origin = 0
+        self.plan(planned_steps)
+
+    def plan(self, planned_steps: float) -> None:
+        """The training has this length, whatever was planned before: a decay that has begun too early ends.
+
+        Args:
+            planned_steps: The length of the whole training; ``inf`` where nobody knows.
+        """
+        self.planned_steps = planned_steps
+        self._length = planned_steps if planned_steps < math.inf else _UNKNOWN
+        decays = self._decays and planned_steps < math.inf
+        self._decay_at = math.ceil(_DECAY_AT * planned_steps) if decays else math.inf
+        if self._decay_from < self._decay_at:
+            self._decay_from = math.inf
 
     def resize(self, units: int) -> None:
         """The optimizer has another number of groups now; new ones begin at the rate that they were given."""
@@ -619,6 +630,7 @@ class Rule:
         vars(self).update({name: copy.deepcopy(state[name]) for name in _STATE})
         self._units = [_Unit.of(unit) for unit in state["units"]]
         self.ramps &= ramps
+        self.plan(self.planned_steps)
 
 
 def cosine(along: float, gradient: float, moved: float) -> float:

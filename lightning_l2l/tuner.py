@@ -303,7 +303,13 @@ class Tuner:
         self.rule.is_guarded = self._guards and loss is not None
         if loss is not None:
             value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+            if value.numel() != 1:
+                raise ValueError(
+                    f"Tuner.step(loss) was given {value.numel()} numbers, of shape {tuple(value.shape)}. Pass the one "
+                    "that was differentiated: loss.mean(), for example."
+                )
             self._losses.append(self._sign * value.reshape(()))
+        self._warn_of_the_end()
         due = self.is_due()
         if not (due or self._reads_now()):
             return None
@@ -328,6 +334,18 @@ class Tuner:
         if self.rule.is_decaying or self.rule.is_ramping(self.steps):
             self._apply()
         return record
+
+    def _warn_of_the_end(self) -> None:
+        # Said at the step after the last one that was planned, unless the rate has not fallen.
+        if self.steps != self.rule.planned_steps + 1 or not self.rule.is_decaying:
+            return
+        if not (_is_distributed() and torch.distributed.get_rank()):
+            warnings.warn(
+                f"The training goes on after the {self.rule.planned_steps:.0f} steps that were planned, at the end of "
+                "which the learning rate has fallen to zero: nothing is learned any more. Pass the planned_steps of "
+                "the whole training, or leave them out where nobody knows.",
+                stacklevel=3,
+            )
 
     def is_due(self) -> bool:
         """Whether an update follows the last step."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import lightning
@@ -436,6 +438,160 @@ def test_what_is_learned_multiplies_the_schedule_and_is_shown(name: str) -> None
     reference = fit(Scheduled, max_epochs=10).optimizers[0].param_groups[0]["lr"]
     (tuner,) = callback.state_dict()["tuners"]
     assert tuner["base_rates"] == pytest.approx([reference], rel=1e-6)
+
+
+class PlateauByHand(Regression):
+    """One optimizer that is stepped by hand, and a scheduler that reads ``float(group["lr"])``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.base: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        scheduler.step(1.0)
+        assert scheduler.get_last_lr() == [float(self.optimizers().param_groups[0]["lr"])]
+        copy.deepcopy(scheduler), pickle.dumps(scheduler)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-4)
+        return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)]
+
+
+@pytest.mark.feature("ReduceLROnPlateau that is stepped by hand", "works", "its base rate falls", topic="schedule")
+def test_a_plateau_that_is_noticed_by_hand_cuts_the_base_rate() -> None:
+    callback = LearnToLearn()
+    trainer = fit(PlateauByHand, callback, max_epochs=6)
+    assert callback.history[-1]["learning_rates"] != callback.history[-1]["base_rates"]
+    for record in callback.history:
+        assert record["base_rates"] == [1e-4 * 0.5 ** max(0, (record["step"] - 1) // 8 - 1)]
+    assert "lr_schedulers" not in vars(trainer.lightning_module)
+
+
+def test_a_plain_loop_hides_what_is_learned_from_a_scheduler_that_would_take_it_for_its_own() -> None:
+    weight = nn.Parameter(torch.full((4, 4), 5.0))
+    optimizer = torch.optim.SGD([weight], lr=1e-6)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, eps=0)
+    tuner = Displacement().attach(optimizer, planned_steps=100)
+    for step in range(50):
+        optimizer.zero_grad()
+        loss = 0.5 * weight.square().sum()
+        loss.backward()
+        optimizer.step()
+        tuner.step(loss)
+        if step % 10 == 9:
+            with tuner.rates.hidden():
+                scheduler.step(1.0)
+    assert tuner.rates.base == [1e-6 * 0.5**4] and tuner.rates.applied[0] > 1e-5
+
+
+class Noise(Regression):
+    """Targets that cannot be learned: the rate falls to zero in the last 15 % of the steps."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return functional.mse_loss(self.net(batch[0]), torch.randn(len(batch[0]), 1))
+
+    def train_dataloader(self) -> Any:
+        return batches(64 if self.current_epoch < 2 else 256)
+
+    def val_dataloader(self) -> Any:
+        return batches(64, seed=5)
+
+
+class SeesRates(pl.Callback):
+    def __init__(self, learner: LearnToLearn) -> None:
+        self.learner, self.rates = learner, list[float]()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.rates += self.learner.learning_rates
+
+
+@pytest.mark.feature("epochs that become longer (`reload_dataloaders_every_n_epochs`)", "works", topic="loop")
+def test_the_rate_falls_at_the_end_of_a_training_whose_epochs_become_longer() -> None:
+    callback = LearnToLearn()
+    notes = SeesRates(callback)
+    torch.manual_seed(1)
+    trainer = pl.Trainer(
+        **{**QUIET, "callbacks": [callback, notes], "max_epochs": 6, "reload_dataloaders_every_n_epochs": 1}
+    )
+    trainer.fit(Noise())
+    assert len(notes.rates) == 2 * 2 + 4 * 8
+    assert min(notes.rates[:30]) > 0.02 and notes.rates[-1] < 0.02 and callback.learning_rates == [0]
+
+
+def test_a_training_that_goes_on_after_its_end_learns_again_until_the_new_one() -> None:
+    callback = LearnToLearn()
+    notes, module = SeesRates(callback), Noise()
+    torch.manual_seed(1)
+    trainer = pl.Trainer(**{**QUIET, "callbacks": [callback, notes], "max_epochs": 4})
+    trainer.fit(module, batches())
+    assert callback.learning_rates == [0]
+    trainer.fit_loop.max_epochs = 8
+    trainer.fit(module, batches())
+    assert len(notes.rates) == 64 and min(notes.rates[32:54]) > 0.02 and callback.learning_rates == [0]
+
+
+def test_a_run_of_unknown_length_that_goes_on_after_a_decay_has_a_rate() -> None:
+    weight = nn.Parameter(torch.full((4, 4), 5.0))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def train(tuner: Any, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = (weight * torch.randn(4, 4)).sum()
+            loss.backward()
+            optimizer.step()
+            tuner.step(loss)
+
+    torch.manual_seed(0)
+    first = Displacement().attach(optimizer, planned_steps=40, divergence_guard=False)
+    train(first, 40)
+    assert first.rates.applied == [0]
+    state = first.state_dict()
+    first.close()
+    second = Displacement().attach(optimizer, divergence_guard=False)
+    second.load_state_dict(state)
+    train(second, 5)
+    assert 0.05 < second.rates.applied[0] < 1
+
+
+def test_steps_after_the_planned_ones_are_said_to_learn_nothing() -> None:
+    weight = nn.Parameter(torch.full((4, 4), 5.0))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    tuner = Displacement().attach(optimizer, planned_steps=40, divergence_guard=False)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="after the 40 steps that were planned") as found:
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (weight * torch.randn(4, 4)).sum()
+            loss.backward()
+            optimizer.step()
+            tuner.step(loss)
+    assert len(found) == 1 and tuner.rates.applied == [0]
+
+
+def test_a_copy_of_the_callback_in_mid_training_has_seen_what_it_has_seen_and_knows_no_model() -> None:
+    class Copies(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.copied = pickle.loads(pickle.dumps(callback))
+            self.history = copy.deepcopy(callback.history)
+
+    callback, copies = LearnToLearn(average_weights=True), Copies()
+    fit(Slow, callback, copies, max_epochs=3)
+    assert copies.history and copies.copied.history == copies.history
+    assert copies.copied.export_schedule() == callback.export_schedule()
+    fit(Slow, copies.copied, max_epochs=3)
+    assert copies.copied.history == callback.history  # another model begins anew
 
 
 @pytest.mark.feature('`group["lr"] *= 0.7` by hand', "works", "the base rate falls", topic="schedule")

@@ -53,14 +53,25 @@ def loss_scale(trainer: pl.Trainer) -> float:
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
-def planned_steps(trainer: pl.Trainer) -> float:
-    """Optimizer steps that this fit will take in all; ``inf`` where nobody knows. To be asked once loaders exist."""
+def planned_steps(trainer: pl.Trainer, steps: int = 0, epoch: int = 0) -> float:
+    """Optimizer steps that this fit will take in all; ``inf`` where nobody knows. To be asked once loaders exist.
+
+    Args:
+        trainer: The Trainer.
+        steps: Those before the epoch.
+        epoch: The first epoch that is as long as the present one.
+    """
+    most = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     batches = trainer.num_training_batches
-    steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     if batches != math.inf and trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-        steps = min(steps, per_epoch * trainer.max_epochs)
-    return float(steps)
+        most = min(most, steps + steps_of_an_epoch(trainer) * (trainer.max_epochs - epoch))
+    return float(most)
+
+
+def steps_of_an_epoch(trainer: pl.Trainer) -> float:
+    """Optimizer steps of the present epoch; ``inf`` where nobody knows."""
+    batches = trainer.num_training_batches
+    return math.ceil(batches / trainer.accumulate_grad_batches) if batches != math.inf else math.inf
 
 
 def passes(trainer: pl.Trainer) -> int:
