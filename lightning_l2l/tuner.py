@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -118,8 +119,10 @@ class Displacement:
             seed: Of what is drawn.
 
         Raises:
-            ValueError: A parameter group has no learning rate.
+            TypeError: An argument of the wrong type.
+            ValueError: A parameter group has no learning rate, or an argument means nothing.
         """
+        _check_attach(planned_steps, every_n_steps, meta_learning_rate, modules)
         optimizer = _unwrapped(optimizer)
         reason = why_not_in_proportion(optimizer)
         if reason and meta_learning_rate > 0 and not (_is_distributed() and torch.distributed.get_rank()):
@@ -448,6 +451,8 @@ class Tuner:
             reason = "the run was lost, and the rate cut"
         elif self.rule.has_schedule:
             reason = "a schedule is a plan, so the rate is where it says"
+        elif not all(self._first_base):
+            reason = "a learning rate of zero is a plan, so every rate is where you set it"
         elif not self.rule.ramps:
             reason = "the optimizer, or somebody else, moves the rate, so it stays where they say"
         else:
@@ -620,6 +625,25 @@ def why_not_in_proportion(optimizer: torch.optim.Optimizer) -> str:
     if any("d" in group and "growth_rate" in group for group in optimizer.param_groups):
         return f"{name} estimates its own step size (the 'd' of its parameter groups)."
     return ""
+
+
+def _check_attach(planned_steps: Any, every_n_steps: Any, meta_learning_rate: Any, modules: Any) -> None:
+    for name, value in {"planned_steps": planned_steps, "meta_learning_rate": meta_learning_rate}.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"attach({name}={value!r}) must be a number.")
+    if not planned_steps > 0:
+        raise ValueError(
+            f"attach(planned_steps={planned_steps}) must be the steps of the whole training, at least one. Leave it "
+            "out where nobody knows."
+        )
+    if not 0 <= meta_learning_rate < math.inf:
+        raise ValueError(f"attach(meta_learning_rate={meta_learning_rate}) must be finite, and not negative.")
+    if every_n_steps is not None and (isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int)):
+        raise TypeError(f"attach(every_n_steps={every_n_steps!r}) must be a whole number of steps, or None.")
+    if every_n_steps is not None and every_n_steps < 1:
+        raise ValueError(f"attach(every_n_steps={every_n_steps}) must be at least 1.")
+    if not isinstance(modules, Iterable):
+        raise TypeError("attach(modules=...) takes several modules: pass modules=[module] for one.")
 
 
 def _warms_up(optimizer: torch.optim.Optimizer) -> bool:

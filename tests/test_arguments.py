@@ -42,6 +42,36 @@ def test_every_argument_is_checked_where_it_is_given(options: Any, kind: Any, wo
         LearnToLearn(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"planned_steps": 0}, ValueError, "at least one. Leave it out"),
+        ({"planned_steps": math.nan}, ValueError, "at least one"),
+        ({"planned_steps": "all"}, TypeError, "must be a number"),
+        ({"every_n_steps": 0}, ValueError, "at least 1"),
+        ({"every_n_steps": -1}, ValueError, "at least 1"),
+        ({"every_n_steps": 2.5}, TypeError, "whole number"),
+        ({"meta_learning_rate": -1}, ValueError, "not negative"),
+        ({"modules": nn.Linear(1, 1)}, TypeError, r"modules=\[module\]"),
+    ],
+    ids=str,
+)
+def test_every_argument_of_a_tuner_is_checked_where_it_is_given(options: Any, kind: Any, words: str) -> None:
+    with pytest.raises(kind, match=words):
+        Displacement().attach(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), **options)
+
+
+def test_a_loss_of_several_numbers_is_refused_with_what_to_pass() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    tuner = Displacement().attach(optimizer)
+    losses = weight.square()
+    losses.mean().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"given 3 numbers, of shape \(3,\).*loss.mean\(\)"):
+        tuner.step(losses)
+
+
 def test_options_have_names_and_unknown_ones_are_errors() -> None:
     with pytest.raises(TypeError):
         LearnToLearn(Displacement(), 5)  # type: ignore[misc]

@@ -388,6 +388,20 @@ def test_a_rate_of_zero_is_no_rate_to_raise() -> None:
     assert fast(optimizer, waits_and_warms_up, steps=20)[0] < 5  # what updates give
 
 
+def test_why_nothing_rises_fast_beside_a_rate_of_zero_is_said() -> None:
+    groups = weights(2)
+    groups[1]["lr"] = 0.0
+    optimizer = torch.optim.SGD(groups, lr=1e-9)
+    tuner = Displacement().attach(optimizer, planned_steps=100)
+    for _ in range(40):
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones(3)
+        optimizer.step()
+        tuner.step(1.0)
+    assert tuner.search_result is not None and tuner.rates.applied[1] == 0
+    assert tuner.search_result.reason == "a learning rate of zero is a plan, so every rate is where you set it"
+
+
 def test_a_group_whose_gradients_come_late_does_not_jump() -> None:
     late = lambda step: [1.0, 1.0 if step >= 50 else None]  # noqa: E731
     assert fast(torch.optim.SGD(weights(2), lr=1e-2), late, steps=55, per="group")[1] < 2
