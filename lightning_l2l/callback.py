@@ -484,13 +484,17 @@ class LearnToLearn(pl.Callback):
             optimizer: The number of the optimizer, where the module has several.
 
         Raises:
-            ValueError: No step has been made yet.
+            ValueError: No step has been made yet, or there is no optimizer of this number.
         """
+        saved = self._saved.get("tuners", [])
+        count = len(self._tuners or saved)
+        if count and not 0 <= optimizer < count:
+            raise ValueError(f"export_schedule(optimizer={optimizer}): there are {count}, counted from 0.")
         if self._tuners:
             return self._tuners[optimizer].applied.schedule()
         record = AppliedRecord()
-        if self._saved.get("tuners"):
-            record.load_state_dict(self._saved["tuners"][optimizer]["applied"])
+        if saved:
+            record.load_state_dict(saved[optimizer]["applied"])
         return record.schedule()
 
     def state_dict(self) -> dict[str, Any]:

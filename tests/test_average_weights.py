@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCh
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live_memory import LiveMemory
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_l2l import LearnToLearn, Unroll
 from lightning_l2l.displacement import RunningAverage
@@ -274,6 +276,42 @@ def test_layers_that_evaluate_in_the_training_keep_their_statistics_and_evaluate
         expected(inputs)
     assert torch.allclose(expected[3].running_mean, module.net[3].running_mean, rtol=1e-5, atol=1e-6)
     assert module.net[3].momentum == 0.1 and module.net[3].num_batches_tracked == 24
+
+
+class Bag(dict):
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        super().__init__(inputs=inputs, targets=targets)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    inputs: Tensor
+    targets: Tensor
+
+
+@pytest.mark.filterwarnings("error:LearnToLearn")
+@pytest.mark.parametrize("kind", [Bag, Frozen])
+def test_batches_of_classes_that_cannot_be_made_again_of_their_items(trainer: Any, kind: Any) -> None:
+    class Takes(Deterministic):
+        def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+            return batch
+
+        def loss(self, batch: Any) -> Tensor:
+            values = batch if kind is Bag else vars(batch)
+            return super().loss((values["inputs"], values["targets"]))
+
+    def run(make: Any, module: Any) -> Any:
+        data = [make(*batch) for batch in [*loader(), *loader(16, seed=1)]]
+        train, held_out = (
+            DataLoader(part, batch_size=None, collate_fn=lambda batch: batch) for part in (data[:6], data[6:])
+        )
+        callback = returning(meta_data="auto")
+        fit(trainer, callback, module=module, data=lambda: {"train_dataloaders": train, "val_dataloaders": held_out})
+        assert callback.history[-1]["held_out_cosine"]
+        return weights(module), callback.history
+
+    found = [run(kind, Takes(MOMENTUM)), run(lambda *tensors: list(tensors), Deterministic(MOMENTUM))]
+    assert difference(*found) == ""
 
 
 def test_a_step_that_cannot_be_taken_for_statistics_leaves_those_of_the_training(trainer: Any) -> None:

@@ -138,6 +138,13 @@ def test_every_hyperparameter_of_a_table_is_replayed() -> None:
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.2, (0.8, 0.98), 0.1)
 
 
+def test_a_number_of_no_optimizer_is_refused_with_how_many_there_are(trainer: Any) -> None:
+    callback = learner()
+    trainer(callback, max_epochs=1).fit(Rich(), **loaders())
+    with pytest.raises(ValueError, match=r"export_schedule\(optimizer=1\): there are 1, counted from 0"):
+        callback.export_schedule(1)
+
+
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no optimizer step has been made"):
         LearnToLearn().export_schedule()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -268,7 +268,8 @@ def _is_indexable(loader: Any) -> bool:
 
 
 def _examples(batch: Any) -> int | None:
-    """The number of examples: the length of the first tensor; ``None`` if there is none."""
+    """The number of examples: the length of the first tensor; ``None`` if there is none, or nobody can tell."""
     found: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: found.append(len(local(tensor)) if tensor.dim() else 0))
+    with suppress(TypeError, ValueError):  # of a class that cannot be made again of its items: not asked here
+        apply_to_collection(batch, Tensor, lambda tensor: found.append(len(local(tensor)) if tensor.dim() else 0))
     return found[0] if found else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -48,7 +49,12 @@ class _Cloneable(ABC):  # noqa: B024  (it only recognises)
 
 def copied_batch(batch: Any) -> Any:
     """A copy that later in-place changes of the batch, its containers or its tensors, do not reach."""
-    return apply_to_collection(batch, _Cloneable, lambda x: x.detach().clone() if isinstance(x, Tensor) else x.clone())
+    try:
+        return apply_to_collection(
+            batch, _Cloneable, lambda x: x.detach().clone() if isinstance(x, Tensor) else x.clone()
+        )
+    except (TypeError, ValueError):  # of a class that cannot be made again of its items, such as a frozen dataclass
+        return copy.deepcopy(batch)
 
 
 class _Call(nn.Module):
