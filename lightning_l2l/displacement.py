@@ -52,10 +52,13 @@ _AT_ONCE, _CUT_AT_ONCE, _CUT, _BELOW = 6, 10.0, 3.0, 2.0
 # least, and by how much a third of the rate must do better, as a part of the first loss.
 _TRIAL, _SHORTEST_TRIAL, _WORTH = 0.02, 10, 0.05
 _HELD_OUT_MEMORY, _FEW_PASSES = 0.6, 3
+# Held-out losses whose running mean is by _RISEN of the progress above its lowest: the data are learned by heart. That
+# has to be _RISEN of the first loss at least: on a plateau it is noise.
+_RISEN, _FEWEST = 0.1, 3
 
 _STATE = (
     "log_factors", "ramps", "ramp_steps", "trial_ends", "best_loss", "_chosen", "_floor", "_peak", "_scheduled",
-    "_decay_from", "_last", "_next", "_origin",
+    "_decay_from", "_last", "_next", "_origin", "_held_out_loss", "_lowest_held_out", "_held_out_count",
 )  # fmt: skip
 
 
@@ -400,6 +403,8 @@ class Rule:
         self._last = 0
         self._next = float(every_n_steps or _FIRST_UPDATE)
         self._origin = 0
+        self._held_out_loss = self._lowest_held_out = math.inf
+        self._held_out_count = 0
         self.plan(planned_steps)
 
     def plan(self, planned_steps: float) -> None:
@@ -527,6 +532,31 @@ class Rule:
         while round(self._next) <= step:
             self._next = self._next + self._every if self._every else self._next * _RATIO
 
+    def see_held_out(self, loss: float, training: float, first: float) -> None:
+        """Where the held-out loss has risen, a rate that somebody chose is that one again, at most, and stays there.
+
+        The training learns its data by heart then, and the faster, the higher the rate. Where the training loss has
+        risen, too, the rate is too high instead, which other evidence shows.
+
+        Args:
+            loss: Of a held-out batch, after an update.
+            training: The mean training loss of the last steps; NaN where nobody knows.
+            first: The first training loss.
+        """
+        if math.isfinite(loss):
+            mean = self._held_out_loss if self._held_out_count else loss
+            self._held_out_loss = mean + (1 - _HELD_OUT_MEMORY) * (loss - mean)
+            self._lowest_held_out = min(self._lowest_held_out, self._held_out_loss)
+            self._held_out_count += 1
+        progress = first - self._lowest_held_out
+        has_risen = self._held_out_loss - self._lowest_held_out > _RISEN * progress > _RISEN**2 * abs(first)
+        by_heart = has_risen and training < self._lowest_held_out
+        if by_heart and self._held_out_count >= _FEWEST and not self.is_searching:
+            for unit, seen in enumerate(self._units):
+                if seen.was_chosen is not False:
+                    self.log_factors[unit] = min(self.log_factors[unit], 0.0)
+                    seen.ceiling = min(seen.ceiling, 0.0)
+
     @property
     def is_decaying(self) -> bool:
         """Whether the factors change at every step."""
@@ -614,6 +644,8 @@ class Rule:
         """What was measured before this step counts no longer."""
         self._forget_cosines()
         self._origin = step
+        self._held_out_loss = self._lowest_held_out = math.inf
+        self._held_out_count = 0
 
     def _forget_cosines(self) -> None:
         for seen in self._units:

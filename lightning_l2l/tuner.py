@@ -435,6 +435,7 @@ class Tuner:
                 self.held_out_error = error
         evidence = [self.rule.evidence(unit) for unit in self._units]
         self.rule.update(self.steps, max(self.rates.base, default=0.0), held_out_cosines, passes)
+        self.rule.see_held_out(self._sign * held_out_loss, self._watch.mean, self._watch.first)
         return {
             "held_out_loss": held_out_loss,
             "cosine": [mean for mean, _ in evidence],

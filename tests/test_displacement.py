@@ -23,6 +23,7 @@ FIRST, RATIO, SPEED, MARGIN, FULL, EARLY_MARGIN, EARLY = 10.0, 1.2, 2.0, 0.05, 0
 DECAY_AT, PROGRESS, MEMORY, PASSES, SAMPLES = 0.85, -0.02, 0.6, 3, 64
 STILL, RAMP, UNANIMOUS, NOWHERE, FROM_NOWHERE = 0.3, 2.0, -0.1, 1e-5, 10.0
 CARELESS, BOLD, NEARLY, CLEARLY = 0.003, 1.0, 0.7, -0.2
+RISEN, FEWEST = 0.1, 3
 
 
 class SlowTwin:
@@ -32,7 +33,7 @@ class SlowTwin:
         optimizer: The optimizer that is watched.
         planned: The steps of the whole training.
         per: What shares a factor.
-        held_out: Writes held-out gradients into ``.grad``.
+        held_out: Writes held-out gradients into ``.grad``; returns their loss.
         ramps: Whether a rate that hardly moves the weights rises at once.
     """
 
@@ -41,7 +42,7 @@ class SlowTwin:
         optimizer: torch.optim.Optimizer,
         planned: float,
         per: str = "optimizer",
-        held_out: Callable[[], None] | None = None,
+        held_out: Callable[[], float] | None = None,
         ramps: bool = False,
     ) -> None:
         self.optimizer, self.planned, self.held_out, self.ramps = optimizer, planned, held_out, ramps
@@ -49,6 +50,9 @@ class SlowTwin:
         self.base = [float(group["lr"]) for group in optimizer.param_groups]
         self.log = [0.0] * len(self.units)
         self.held = [0.0] * len(self.units)
+        self.first = self.training = math.nan  # losses: the first one and the mean of the last ones
+        self.held_losses: list[float] = []  # running means
+        self.capped = False  # learned by heart
         self.reaches: list[list[float]] = [[] for _ in self.units]
         self.still: list[list[float]] = [[] for _ in self.units]
         self.raised = [(0, 1.0) for _ in self.units]  # the step of the last rise, and by how much
@@ -135,7 +139,9 @@ class SlowTwin:
         margin = MARGIN + EARLY_MARGIN * max(0.0, 1 - self.t / (EARLY * self.planned))
         found, means = [], []
         if self.held_out is not None:
-            self.held_out()
+            loss = self.held_out()
+            mean = self.held_losses[-1] if self.held_losses else loss
+            self.held_losses.append(MEMORY * mean + (1 - MEMORY) * loss)
         for unit, cosines in enumerate(self.cosines):
             n = len(cosines)
             mean = sum(cosines) / n
@@ -151,6 +157,12 @@ class SlowTwin:
                 rise, fall = (-mean - error - margin) / FULL, (mean - error) / FULL
                 self.log[unit] += SPEED * math.log(RATIO) * (min(1, max(0, rise)) - min(1, max(0, fall)))
                 self.log[unit] = max(self.log[unit], 0.0)
+        if len(self.held_losses) >= FEWEST:
+            progress = self.first - min(self.held_losses)
+            risen = self.held_losses[-1] - min(self.held_losses) > RISEN * progress > RISEN**2 * self.first
+            self.capped = self.capped or risen and self.training < min(self.held_losses)
+        if self.capped:
+            self.log = [min(value, 0.0) for value in self.log]
         if self.end <= self.t < self.planned and self.decay_from == math.inf and max(means) > PROGRESS:
             self.decay_from = self.t
         while round(self.next) <= self.t:
@@ -193,11 +205,12 @@ class Beside(pl.Callback):
         self.held_out, self.options = held_out, options
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        def gradients() -> None:
+        def gradients() -> float:
             loss = functional.cross_entropy(pl_module.net(self.held_out[0]), self.held_out[1])
             parameters = list(pl_module.net.parameters())
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient
+            return loss.item()
 
         held_out = None if self.held_out is None else gradients
         self.twin = SlowTwin(
@@ -207,7 +220,11 @@ class Beside(pl.Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self.twin.before_step()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        loss = outputs["loss"].item()
+        if math.isnan(self.twin.first):
+            self.twin.first = self.twin.training = loss
+        self.twin.training += 0.2 * (loss - self.twin.training)
         if trainer.global_step > self.twin.t:
             self.twin.passes = trainer.current_epoch
             self.twin.after_step()
@@ -335,6 +352,30 @@ def test_a_training_that_has_converged_early_is_not_one_whose_rate_is_too_small(
     assert loss < 0.01  # so gradients agree, and move next to nothing
     assert tuner.factors() == [pytest.approx(1.0)]
     assert "moves the weights" in tuner.search_result.reason
+
+
+@pytest.mark.parametrize("noise", [0.3, 2.0])
+def test_where_the_held_out_loss_has_risen_no_rate_stays_above_the_one_that_was_given(noise: float) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(200, 6)
+    outputs = inputs @ torch.randn(6, 1) + noise * torch.randn(200, 1)
+    net = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=2e-4)
+    tuner = Displacement(final_decay=False).attach(optimizer, planned_steps=1000)
+    held_out = tuner.held_out_gradient(lambda: functional.mse_loss(net(inputs[40:]), outputs[40:]))
+    for step in range(700):
+        optimizer.zero_grad()
+        loss = functional.mse_loss(net(inputs[:40]), outputs[:40])
+        loss.backward()
+        optimizer.step()
+        tuner.step(loss, held_out=held_out, passes=step)
+    rates, losses = ([record[key] for record in tuner.history] for key in ("learning_rates", "held_out_loss"))
+    assert max(rates)[0] > 5e-3
+    has_risen = losses[-1] - min(losses) > 0.12 * (losses[0] - min(losses))
+    assert has_risen == (noise == 2.0)
+    assert (rates[-1][0] == pytest.approx(2e-4, rel=1e-9)) == has_risen
+    falls = [before[0] / after[0] for before, after in zip(rates, rates[1:], strict=False)]
+    assert (max(falls) > 20) == has_risen  # at once, not by and by
 
 
 def test_weights_that_do_not_move_at_all_in_their_precision_are_no_dead_end() -> None:

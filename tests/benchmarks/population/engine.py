@@ -266,9 +266,11 @@ def train(task: Task, optimizer: str, steps: int, runs: Runs) -> dict[str, Tenso
                     state = tuple(s[index] for s in memory)
                     found = [None, *unrolled(task, optimizer, weights[index], state, rates, mine_of, part)]
                 elif rule.needs_held_out:
-                    displacement = (weights - average)[index]
-                    found = [angle(task.gradient(weights[index], part)[1], displacement), None, None]
+                    held_losses, gradients = task.gradient(weights[index], part)
+                    found = [angle(gradients, (weights - average)[index]), None, None]
                 keep = rule.update(done, share[index], *(found or (None, None, None)))
+                if rule.needs_held_out and not rule.unroll:
+                    rule.see_held_out(done, held_losses)
                 if keep is not None:
                     start[index[keep]] = weights[index[keep]]
             factor[index] = rule.factor(done)

@@ -55,6 +55,9 @@ class LeaveAlone:
         """
         return None
 
+    def see_held_out(self, t: int, loss: Tensor) -> None:
+        """The losses of the held-out batch, after an update."""
+
     def factor(self, t: int) -> Tensor:
         """What the base rates of the next step are multiplied by."""
         return self.log.exp()
@@ -257,11 +260,35 @@ class Rule(LeaveAlone):
 class HeldOut(Rule):
     """The default, ``LearnToLearn()``: from the second pass on a held-out batch's cosine counts where it is larger."""
 
+    risen: float = 0.1
+
     needs_held_out = True
 
     def begin(self, runs: int, steps: float, scheduled: Tensor, per_pass: int) -> None:
         super().begin(runs, steps, scheduled, per_pass)
         self.held = torch.zeros(runs)
+        self.held_loss, self.lowest_held = torch.full((2, runs), math.inf)
+        self.held_count = torch.zeros(runs)
+
+    def decide(self, t: int, worse: Optional) -> Tensor:
+        back = super().decide(t, worse)
+        self.held_count[back] = 0.0
+        self.held_loss[back] = self.lowest_held[back] = math.inf
+        return back
+
+    def see_held_out(self, t: int, loss: Tensor) -> None:
+        if (t - 1) // self.per_pass == 0:
+            return
+        known = loss.isfinite()
+        mean = torch.where(self.held_count > 0, self.held_loss, loss)
+        self.held_loss = torch.where(known, mean + 0.4 * (loss - mean), self.held_loss)
+        self.lowest_held = torch.minimum(self.lowest_held, self.held_loss)
+        self.held_count = self.held_count + known
+        progress = self.first - self.lowest_held
+        risen = (self.held_loss - self.lowest_held > self.risen * progress) & (progress > self.risen * self.first.abs())
+        risen &= (self.mean < self.lowest_held) & (self.held_count >= 3) & ~self.searching & ~(self.judged & ~self.chosen_by_user)
+        self.log = torch.where(risen, self.log.clamp(max=0.0), self.log)
+        self.ceiling = torch.where(risen, self.ceiling.clamp(max=0.0), self.ceiling)
 
     def evidence(self, passes: int, mean: Tensor, held_cosine: Optional) -> Tensor:
         if held_cosine is None or passes == 0:
