@@ -13,7 +13,7 @@ from lightning_l2l.learned import (
     LSTMOptimizer,
     MLPOptimizer,
     SmallFCOptimizer,
-    UnitStepOptimizer,
+    TensorwiseOptimizer,
 )
 from lightning_l2l.meta_training import MetaTraining
 from lightning_l2l.schedule import LearnedSchedule
@@ -35,7 +35,7 @@ __all__ = [
     "SmallFCOptimizer",
     "TaskModule",
     "Tuner",
-    "UnitStepOptimizer",
+    "TensorwiseOptimizer",
     "Unroll",
     "__version__",
     "meta_gradient",

@@ -17,7 +17,7 @@ from lightning_l2l import (
     LSTMOptimizer,
     MLPOptimizer,
     SmallFCOptimizer,
-    UnitStepOptimizer,
+    TensorwiseOptimizer,
     Unroll,
     meta_gradient,
 )
@@ -36,10 +36,11 @@ class TorchoptAdam(LearnedOptimizer):
         return torchopt.adam(lr=lambda step: self.log_rate.exp())
 
 
-def unit_step():
-    """One that does not start as Adam."""
-    learned = UnitStepOptimizer(step_multiplier=0.05)
+def tensorwise():
+    """One with all its numbers in use."""
+    learned = TensorwiseOptimizer()
     learned.set_({name: 0.3 * torch.randn_like(parameter) for name, parameter in learned.named_parameters()})
+    learned.set_({"log_sizes": learned.log_sizes - 3.0})
     return learned
 
 
@@ -47,7 +48,7 @@ MAKERS = {
     "mlp": lambda: MLPOptimizer(hidden_size=3, initialisation="scaled", step_multiplier=0.05),
     "small_fc": lambda: SmallFCOptimizer(step_multiplier=0.05),
     "lstm": lambda: LSTMOptimizer(hidden_size=3, step_multiplier=0.1),
-    "unit_step": lambda: unit_step(),
+    "tensorwise": tensorwise,
     "adam": lambda: LearnedHyperparameters(("learning_rate", "betas")).attach(
         inner_optimizer(torch.optim.Adam, lr=0.01)
     ),
@@ -112,12 +113,12 @@ def test_steps_are_those_of_the_transformation(kind):
     )
     train(model, learned.as_torch_optimizer(model.parameters()), range(3))
     for name, parameter in model.named_parameters():
-        # UnitStepOptimizer multiplies in another order where nothing is differentiated.
-        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=2e-6 if kind == "unit_step" else 0)
+        # TensorwiseOptimizer sums in another order where nothing is differentiated.
+        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=2e-6 if kind == "tensorwise" else 0)
     assert all(parameter.grad is None for parameter in learned.parameters())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind not in ("torchopt", "unit_step")])
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind not in ("torchopt", "tensorwise")])
 def test_many_parameters_are_updated_in_chunks_with_the_same_result(kind):
     # Two of these do not fit into one chunk of 2**16 elements.
     parameters = {name: torch.nn.Parameter(torch.randn(200, 200)) for name in "abc"}
@@ -149,8 +150,8 @@ def test_many_parameters_are_updated_in_chunks_with_the_same_result(kind):
     ],
     ids=["one", "many", "odd"],
 )
-def test_the_unit_step_rule_in_pieces_and_in_place_makes_the_steps_of_its_transformation(shapes):
-    learned = made("unit_step")
+def test_the_tensorwise_rule_in_pieces_and_in_place_makes_the_steps_of_its_transformation(shapes):
+    learned = made("tensorwise")
     parameters = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     pure = {name: parameter.detach().double() for name, parameter in parameters.items()}
     transformation, optimizer = learned.transformation(), learned.as_torch_optimizer(list(parameters.items()))
@@ -165,7 +166,7 @@ def test_the_unit_step_rule_in_pieces_and_in_place_makes_the_steps_of_its_transf
             updates, state = transformation.update(gradients, state, params=pure)
         optimizer.step()
         for name, parameter in parameters.items():
-            # Of float32 in sums of thousands and in a cosine; a step has root mean square 0.05 exp(a).
+            # Of float32 in sums of thousands and in a cosine.
             expected = torch.zeros_like(parameter) if updates[name] is None else updates[name].float()
             size = expected.square().mean().sqrt().item()
             torch.testing.assert_close(parameter - before[name], expected, rtol=1e-4, atol=1e-4 * size + 1e-6)

@@ -18,7 +18,7 @@ from lightning_l2l import (
     LSTMOptimizer,
     MLPOptimizer,
     SmallFCOptimizer,
-    UnitStepOptimizer,
+    TensorwiseOptimizer,
 )
 from lightning_l2l.functional import inner_optimizer
 from lightning_l2l.learned import register_learned_optimizer
@@ -274,13 +274,13 @@ def test_a_class_without_a_plain_configuration_says_so(tmp_path):
 
 
 def test_the_pretrained_rule_comes_with_the_package():
-    learned = LearnedOptimizer.pretrained("unit_step")
-    assert isinstance(learned, UnitStepOptimizer) and learned.tasks
-    assert learned.network.weights[-1].abs().max() > 0  # else it would be Adam
-    with pytest.raises(ValueError, match="no pretrained 'unit-step'.*unit_step"):
-        LearnedOptimizer.pretrained("unit-step")
-    with pytest.raises(ValueError, match="holds a UnitStepOptimizer, not a MLPOptimizer"):
-        MLPOptimizer.pretrained("unit_step")
+    learned = LearnedOptimizer.pretrained("tensorwise")
+    assert isinstance(learned, TensorwiseOptimizer) and learned.tasks
+    assert not torch.equal(learned.exponents, TensorwiseOptimizer().exponents)  # it has been meta-trained
+    with pytest.raises(ValueError, match="no pretrained 'tensor-wise'.*tensorwise"):
+        LearnedOptimizer.pretrained("tensor-wise")
+    with pytest.raises(ValueError, match="holds a TensorwiseOptimizer, not a MLPOptimizer"):
+        MLPOptimizer.pretrained("tensorwise")
 
 
 def test_the_pretrained_rule_trains_at_the_rate_that_it_is_given_without_further_ado():
@@ -298,5 +298,5 @@ def test_the_pretrained_rule_trains_at_the_rate_that_it_is_given_without_further
             schedule.step()
         return digits.loss(parameters, digits.full_batch("test")).item()
 
-    rule = test_loss(LearnedOptimizer.pretrained("unit_step").as_torch_optimizer)
+    rule = test_loss(LearnedOptimizer.pretrained("tensorwise").as_torch_optimizer)
     assert rule < 0.7 * test_loss(lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_l2l import LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, UnitStepOptimizer, Unroll, meta_gradient
+from lightning_l2l import LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, TensorwiseOptimizer, Unroll, meta_gradient
 from lightning_l2l.exact.episodes import Episode
 from lightning_l2l.learned.layout import Layout
 
@@ -315,53 +315,42 @@ def test_lstm_state_is_carried_from_one_unroll_to_the_next():
     assert fresh.value != carried.value
 
 
-def unit_step_of_one_tensor(learned, p, g, m, v, t):
-    """The step of one tensor, in the words of the docstring; ``m`` and ``v`` before the step are changed in place."""
-    rms = lambda x: x.square().mean().sqrt()  # noqa: E731
-    before = [m[0].clone(), m[1].clone()]
-    for i, decay in enumerate((0.9, 0.99, 0.999)):
-        m[i].mul_(decay).add_((1 - decay) * g)
-    for i, decay in enumerate((0.95, 0.999)):
-        v[i].mul_(decay).add_((1 - decay) * g * g)
-    mh = [x / (1 - decay ** (t + 1)) for x, decay in zip(m, (0.9, 0.99, 0.999), strict=True)]
-    vh = [x / (1 - decay ** (t + 1)) for x, decay in zip(v, (0.95, 0.999), strict=True)]
-    mean = vh[1].mean()
-    roots = [1 / (x + 1e-6 * mean).sqrt() for x in vh]
-    factored = vh[1]
+def tensorwise_step_of_one_tensor(learned, p, g, m, v, growth, t):
+    """The step of one tensor, in the words of the docstring, and its next growth; ``m`` and ``v`` change in place."""
+    (s1, s2), (e1, e2, e3), (b1, b2), (k, c) = (x.tolist() for x in learned.parameters())
+    rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
+    if m[0].norm() > 0:
+        cosine = ((g * m[0]).sum() / (g.norm() * m[0].norm())).item()
+        growth = max(-4.0, min(4.0, growth + k * (cosine - c) * 10 / (t + 9)))
+    for average, value, decay in ((m[0], g, 0.9), (m[1], g, 0.99), (v, g * g, 0.999)):
+        average.mul_(decay).add_((1 - decay) * value)
+    hats = [x / (1 - decay**t) for x, decay in ((m[0], 0.9), (m[1], 0.99), (v, 0.999))]
+    u = (hats[0] + b1 * g + b2 * hats[1]) / (hats[2] + 1e-6 * hats[2].mean()).sqrt()
+    size = s2
     if p.dim() > 1:
-        order = sorted(range(p.dim()), key=lambda position: (p.shape[position], position))
-        factored = vh[1].mean(order[-1], keepdim=True) * vh[1].mean(order[-2], keepdim=True) / mean
-    ratio = 1 / (factored + 1e-6 * mean).sqrt()
-    adam = [x * roots[1] for x in mh]
-    coordinate = [*mh, g, p, *adam, g * roots[1], mh[0] * roots[0], g * ratio, mh[0] * ratio, vh[1] * roots[1]]
-    sizes = [rms(x) for x in coordinate]
-    sizes[4] = (p.square().mean() + 1e-3).sqrt()
-    unit = [x / size for x, size in zip(coordinate, sizes, strict=True)]
-    cosine = lambda a, b: (a * b).mean() / (rms(a) * rms(b) + 1e-300)  # noqa: E731
-    of_tensor = [rms(x) for x in adam] + [cosine(g, x) for x in before] + [cosine(mh[0], mh[2])]
-    of_tensor += [torch.tensor(float(p.dim() > 1), dtype=torch.float64), 0.3 * sizes[4].log()]
-    values = torch.stack([x.flatten() for x in unit] + [x.expand(p.numel()) for x in of_tensor])
-    for index, (weight, bias) in enumerate(zip(learned.network.weights, learned.network.biases, strict=True)):
-        values = weight @ (values.relu() if index else values) + bias[:, None]
-    moved = unit[5] + values[0].reshape(p.shape)
-    return learned.step_multiplier * values[1].mean().clamp(-3, 3).exp() * moved / rms(moved)
+        size = s1 + e1 * math.log(p.numel() / p.shape[0] / 16) + e2 * math.log(max(rms(p), 0.01) / 0.2)
+    return rms(u) ** -e3 * math.exp(growth + size) * u, growth
 
 
 @torch.no_grad()
-def test_unit_step_updates_equal_the_formulas():
+def test_tensorwise_updates_equal_the_formulas():
     torch.manual_seed(0)
-    learned = UnitStepOptimizer().double()
+    learned = TensorwiseOptimizer().double()
     learned.set_({name: 0.3 * torch.randn_like(parameter) for name, parameter in learned.named_parameters()})
     parameters = tensors(0)
+    parameters["f"] *= 1e-3  # smaller than what counts
     optimizer = learned.transformation()
     state = optimizer.init(parameters)
-    averages = {n: [[torch.zeros_like(p) for _ in range(count)] for count in (3, 2)] for n, p in parameters.items()}
+    averages = {n: ([torch.zeros_like(p), torch.zeros_like(p)], torch.zeros_like(p)) for n, p in parameters.items()}
+    growth = dict.fromkeys(parameters, 0.0)
     for number in range(4):
         gradients = tensors(number + 1)
         updates, state = optimizer.update(gradients, state, params=parameters)
         for name, parameter in parameters.items():
-            step = unit_step_of_one_tensor(learned, parameter, gradients[name], *averages[name], number)
-            # Floors of 1e-12 under squares of order one.
+            step, growth[name] = tensorwise_step_of_one_tensor(
+                learned, parameter, gradients[name], *averages[name], growth[name], number + 1
+            )
+            # Floors of 1e-24 under squares of order one.
             torch.testing.assert_close(updates[name], -step, rtol=1e-9, atol=1e-11)
         parameters = {name: tensor + updates[name] for name, tensor in parameters.items()}
-    assert count(learned) == 266
+    assert count(learned) == 9

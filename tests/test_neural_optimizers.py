@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_l2l import LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, UnitStepOptimizer, Unroll, meta_gradient
+from lightning_l2l import LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, TensorwiseOptimizer, Unroll, meta_gradient
 
 # Small, so that forward mode over all meta-parameters is quick.
 MAKERS = {
     "mlp": lambda **kw: MLPOptimizer(hidden_size=2, step_multiplier=0.05, initialisation="scaled", **kw),
     "small_fc": lambda **kw: SmallFCOptimizer(hidden_size=2, step_multiplier=0.05, **kw),
-    "unit_step": lambda **kw: UnitStepOptimizer(hidden_size=2, step_multiplier=0.05),
+    "tensorwise": lambda **kw: TensorwiseOptimizer(),
     "lstm": lambda **kw: LSTMOptimizer(hidden_size=2, step_multiplier=0.05, **kw),
 }
 KINDS = pytest.mark.parametrize("kind", list(MAKERS))
-OPTIONAL = [kind for kind in MAKERS if kind != "unit_step"]  # where normalising the steps is an option
+OPTIONAL = [kind for kind in MAKERS if kind != "tensorwise"]  # where normalising the steps is an option
 SHAPES = {"matrix": (3, 2), "vector": (3,), "scalar": (), "cube": (2, 2, 3), "other": (3, 2)}
 
 
@@ -24,7 +24,7 @@ def make(kind, **options):
     learned = MAKERS[kind](**options).double()
     # Biases off zero: where all units of a small network are dead its output is the last bias, and normalising a
     # zero output has a derivative of 1e-9**-1/2, whose curvature no difference quotient resolves.
-    redrawn = "" if kind == "unit_step" else "biases"  # whose last layer would be zero
+    redrawn = "" if kind == "tensorwise" else "biases"  # it has no network
     learned.set_({name: 0.3 * torch.randn_like(p) for name, p in learned.named_parameters() if redrawn in name})
     return learned
 
@@ -47,7 +47,7 @@ BATCHES = [tensors(seed) for seed in (10, 11, 12)]
 
 @pytest.mark.parametrize(
     ("kind", "normalise_output"),
-    [*((kind, choice) for kind in OPTIONAL for choice in (False, True)), ("unit_step", True)],
+    [*((kind, choice) for kind in OPTIONAL for choice in (False, True)), ("tensorwise", True)],
 )
 def test_meta_gradient_equals_central_differences(kind, normalise_output):
     def result_of(learned):
@@ -73,7 +73,7 @@ def test_meta_gradient_equals_central_differences(kind, normalise_output):
 @KINDS
 def test_forward_and_reverse_mode_agree(kind):
     learned = make(kind)
-    if kind != "lstm":
+    if kind in ("mlp", "small_fc"):
         # Forward mode pays for each of its 62 or 78 numbers; central differences cover them.
         learned.network.weights[0].requires_grad_(False)
     forward, reverse = (
@@ -109,7 +109,7 @@ def test_vmap_over_tasks_at_different_steps_equals_a_loop(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "sees_time"), [("mlp", True), ("small_fc", True), ("unit_step", True), ("lstm", False)]
+    ("kind", "sees_time"), [("mlp", True), ("small_fc", True), ("tensorwise", True), ("lstm", False)]
 )
 def test_a_later_step_is_another_step_where_the_network_sees_the_time(kind, sees_time):
     optimizer, parameters = make(kind).transformation(), tensors(0)

@@ -3,7 +3,7 @@
 Both with the same linear schedule to zero and the same batches. AdamW's rate is the one with the least mean validation
 loss over the seeds; what is reported is the mean test loss at the end, divided by AdamW's. Also AdamW at 1e-3.
 
-    python examples/pretrained/compare.py --output comparison.csv [--rule unit_step.safetensors] [--steps 300 1000]
+    python examples/pretrained/compare.py --output comparison.csv [--rule tensorwise.safetensors] [--steps 300 1000]
 
 ``--choosing`` compares on five other tasks: whoever changes the rule or its meta-training chooses there.
 """
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--choosing", action="store_true", help="other tasks: to choose on")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    learned = LearnedOptimizer.load(options.rule) if options.rule else LearnedOptimizer.pretrained("unit_step")
+    learned = LearnedOptimizer.load(options.rule) if options.rule else LearnedOptimizer.pretrained("tensorwise")
     rows, means = [], {rate: [] for rate in options.rate}
     for name, task in (choosing() if options.choosing else unseen()).items():
         for steps in options.steps:

@@ -1,9 +1,9 @@
 """The tasks that the rule is meta-trained on: small networks of several kinds, each drawn anew for every training.
 
-Classifiers and autoencoders of scikit-learn's 8 x 8 digits, next-character models of Python's own documentation, and
-regression on random teachers. Each task has its own examples, initial weights and, so that no rate is right for all,
-its own parametrisation: the network computes with ``c`` times its parameters, which start at ``1 / c`` of the usual
-ones, ``c`` between 1/3 and 3.
+Classifiers and autoencoders of scikit-learn's 8 x 8 digits, also enlarged to 12 x 12 for a convolutional network,
+next-character models of Python's own documentation, and regression on random teachers; narrow networks, and some of a
+few hundred units. Each task has its own examples and initial weights. With ``--scales`` each has also its own
+parametrisation: the network computes with ``c`` times its parameters, which start at ``1 / c`` of the usual ones.
 """
 
 from __future__ import annotations
@@ -75,11 +75,12 @@ class NetworkFamily(TaskFamily):
         batch: int,
     ) -> None:
         self.name, self.make, self.loss, self.draw, self.batch = name, make, loss, draw, batch
+        self.scales = 1.0
 
     def sample(self, generator: torch.Generator) -> NetworkTask:
         train, val = self.draw(generator)
         task = NetworkTask(self.name, self.make, self.loss, train, val, self.batch)
-        task.scale = torch.exp(math.log(3.0) * (2 * torch.rand((), generator=generator) - 1))
+        task.scale = torch.exp(math.log(self.scales) * (2 * torch.rand((), generator=generator) - 1))
         return task
 
 
@@ -110,6 +111,12 @@ def images(generator: torch.Generator, samples: int = 800, noise: float = 0.0) -
     wrong = torch.rand(len(labels), generator=generator) < noise
     labels = torch.where(wrong, torch.randint(10, labels.shape, generator=generator), labels)
     return divided(inputs, labels, samples, generator)
+
+
+def large_images(generator: torch.Generator) -> tuple[Data, Data]:
+    (inputs, labels), held_out = images(generator)
+    enlarged = [nn.functional.interpolate(x.view(-1, 1, 8, 8), 12, mode="bilinear") for x in (inputs, held_out[0])]
+    return (enlarged[0], labels), (enlarged[1], held_out[1])
 
 
 def pictures(generator: torch.Generator) -> tuple[Data, Data]:
@@ -154,9 +161,18 @@ class Characters(nn.Module):
         return self.output(torch.tanh(self.hidden((one_hot @ self.embedding).flatten(1))))
 
 
-def mixture() -> Mixture:
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(144, 10),
+    )  # fmt: skip
+
+
+def mixture(scales: float = 1.0) -> Mixture:
+    """All of them, with parametrisations from ``1 / scales`` to ``scales``."""
     ce, mse = nn.functional.cross_entropy, nn.functional.mse_loss
-    return Mixture([
+    wide_characters = lambda: Characters(hidden=256)  # noqa: E731
+    families = [
         NetworkFamily("digits", perceptron(64, 32, 10), ce, images, 32),
         NetworkFamily("deep", perceptron(64, 24, 24, 10, unit=nn.Tanh), ce, images, 32),
         NetworkFamily("noisy", perceptron(64, 32, 10), ce, lambda g: images(g, 600, 0.2), 32),
@@ -166,4 +182,12 @@ def mixture() -> Mixture:
         NetworkFamily("teacher", perceptron(12, 32, 1), mse, teacher, 32),
         NetworkFamily("small teacher", perceptron(12, 24, 24, 1, unit=nn.SiLU), mse, lambda g: teacher(g, 150), 16),
         NetworkFamily("noisy teacher", perceptron(12, 32, 1), mse, lambda g: teacher(g, 200, 0.7), 16),
-    ])  # fmt: skip
+        NetworkFamily("convolutions", convolutions, ce, large_images, 32),
+        NetworkFamily("wide", perceptron(64, 512, 10), ce, images, 32),
+        NetworkFamily("wide and deep", perceptron(64, 256, 256, 10, unit=nn.GELU), ce, images, 32),
+        NetworkFamily("wide autoencoder", perceptron(64, 256, 16, 256, 64), mse, pictures, 32),
+        NetworkFamily("wide, characters", wide_characters, ce, characters, 32),
+    ]
+    for family in families:
+        family.scales = scales
+    return Mixture(families)

@@ -6,11 +6,18 @@ from lightning_l2l.learned.in_use import OptimizerInUse
 from lightning_l2l.learned.lstm import LSTMOptimizer
 from lightning_l2l.learned.mlp import MLPOptimizer
 from lightning_l2l.learned.small_fc import SmallFCOptimizer
+from lightning_l2l.learned.tensorwise import TensorwiseOptimizer
 from lightning_l2l.learned.tf1_rmsprop import TF1RMSProp
 from lightning_l2l.learned.torch_optimizer import LearnedTorchOptimizer
-from lightning_l2l.learned.unit_step import UnitStepOptimizer
 
-for _cls in (LearnedHyperparameters, LearnedStepSize, LSTMOptimizer, MLPOptimizer, SmallFCOptimizer, UnitStepOptimizer):
+for _cls in (
+    LearnedHyperparameters,
+    LearnedStepSize,
+    LSTMOptimizer,
+    MLPOptimizer,
+    SmallFCOptimizer,
+    TensorwiseOptimizer,
+):
     register_learned_optimizer(_cls)
 
 __all__ = [
@@ -23,6 +30,6 @@ __all__ = [
     "OptimizerInUse",
     "SmallFCOptimizer",
     "TF1RMSProp",
-    "UnitStepOptimizer",
+    "TensorwiseOptimizer",
     "register_learned_optimizer",
 ]

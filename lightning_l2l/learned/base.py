@@ -228,7 +228,7 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
         """A learned optimizer that comes with the package, meta-trained and ready for use.
 
         Args:
-            name: ``"unit_step"``: a :class:`~lightning_l2l.UnitStepOptimizer`, which says what it was trained on, by
+            name: ``"tensorwise"``: a :class:`~lightning_l2l.TensorwiseOptimizer`, which says what it was trained on, by
                 which command, and how it compares with AdamW.
 
         Raises:
@@ -237,7 +237,7 @@ class LearnedOptimizer(torch.nn.Module, abc.ABC):
         Example:
             >>> import torch
             >>> model = torch.nn.Linear(3, 1)
-            >>> optimizer = LearnedOptimizer.pretrained("unit_step").as_torch_optimizer(model.parameters(), lr=1.0)
+            >>> optimizer = LearnedOptimizer.pretrained("tensorwise").as_torch_optimizer(model.parameters(), lr=1.0)
             >>> schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1000)
         """
         known = {path.stem: path for path in _WEIGHTS.glob("*.safetensors")}

@@ -124,7 +124,8 @@ class CoordinatewiseOptimizer(LearnedOptimizer):
             vector, following = step(layout.flatten(gradients, dtype), layout.flatten(params, dtype), state, layout)
             if self.normalise_output:
                 vector = normalised(vector, layout, epsilon=1e-9)
-            moved = layout.unflatten(vector * -self.step_multiplier, params)
+            scaled = vector.mul_(-self.step_multiplier) if in_place else vector * -self.step_multiplier
+            moved = layout.unflatten(scaled, params)
         if missing:
             following = self._kept(before, following, layout, set(missing))
         return {**moved, **dict.fromkeys(missing)}, {**following, "step": state["step"] + 1}

@@ -200,7 +200,7 @@ def part_step(rounds: int) -> list[dict[str, Any]]:
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         adamw = torch.optim.AdamW(parameters, lr=1e-3, foreach=True)
-        rule = LearnedOptimizer.pretrained("unit_step").as_torch_optimizer(parameters)
+        rule = LearnedOptimizer.pretrained("tensorwise").as_torch_optimizer(parameters)
         # The least of five: a busy machine makes steps slower, never faster.
         base, contestant = (
             partial(lambda step: min(seconds(step) for _ in range(5)), optimizer.step) for optimizer in (adamw, rule)

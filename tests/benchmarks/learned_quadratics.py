@@ -28,7 +28,6 @@ from lightning_l2l import (
     MetaTraining,
     MLPOptimizer,
     SmallFCOptimizer,
-    UnitStepOptimizer,
     Unroll,
 )
 from lightning_l2l.commands.evaluate import Make, Runs, train
@@ -52,8 +51,6 @@ def make(options: argparse.Namespace, seed: int) -> LearnedOptimizer:
     if options.optimizer == "sgd":
         learned = LearnedHyperparameters(learn=("learning_rate", "momentum"))
         return learned.attach(inner_optimizer(torch.optim.SGD, lr=0.03, momentum=0.9))
-    if options.optimizer == "unit_step":
-        return UnitStepOptimizer(step_multiplier=multiplier)
     if options.optimizer == "lstm":
         return LSTMOptimizer(
             preprocessing=options.preprocessing, step_multiplier=multiplier, initial_output="zero",
@@ -98,7 +95,7 @@ def show(name: str, found: Runs, more: str = "") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizer", default="lstm", choices=["mlp", "small_fc", "lstm", "unit_step", "sgd"])
+    parser.add_argument("--optimizer", default="lstm", choices=["mlp", "small_fc", "lstm", "sgd"])
     parser.add_argument("--step-multiplier", type=float, default=0.1)
     parser.add_argument("--exponent-multiplier", type=float, default=1e-3)
     parser.add_argument("--preprocessing", default="raw", choices=["log_and_sign", "raw"])

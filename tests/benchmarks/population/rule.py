@@ -286,7 +286,12 @@ class HeldOut(Rule):
         self.held_count = self.held_count + known
         progress = self.first - self.lowest_held
         risen = (self.held_loss - self.lowest_held > self.risen * progress) & (progress > self.risen * self.first.abs())
-        risen &= (self.mean < self.lowest_held) & (self.held_count >= 3) & ~self.searching & ~(self.judged & ~self.chosen_by_user)
+        risen &= (
+            (self.mean < self.lowest_held)
+            & (self.held_count >= 3)
+            & ~self.searching
+            & ~(self.judged & ~self.chosen_by_user)
+        )
         self.log = torch.where(risen, self.log.clamp(max=0.0), self.log)
         self.ceiling = torch.where(risen, self.ceiling.clamp(max=0.0), self.ceiling)
 

@@ -42,6 +42,7 @@ ROWS: dict[str, tuple[str, tuple[float, ...], bool]] = {
     "grid": ("plain", (0.1, 0.3, 3.0, 10.0), False),
     "greedy": ("GreedyLR", (1.0, CARELESS), False),
     "schedule-free": ("schedule-free", (1.0, 3.0), False),
+    "pretrained": ("pretrained", (1.0,), False),
     "prodigy": ("Prodigy", (1.0,), False),
     "unroll": ("Unroll", (1.0, CARELESS), False),
 }

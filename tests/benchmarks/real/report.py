@@ -142,6 +142,7 @@ def opponents_table(found: list[Found]) -> str:
             "GreedyLR, careless": lambda one: one.show(one.at("GreedyLR", CARELESS)),
             "GreedyLR, usual": lambda one: one.show(one.at("GreedyLR", USUAL)),
             "schedule-free": lambda one: one.show(one.best("schedule-free")[1]),
+            "pretrained rule, lr=1": lambda one: one.show(one.at("pretrained", USUAL)),
             "Prodigy": lambda one: one.show(one.at("Prodigy", USUAL)),
             "Unroll, careless": lambda one: one.show(one.at("Unroll", CARELESS)),
             "Unroll, usual": lambda one: one.show(one.at("Unroll", USUAL)),
@@ -239,7 +240,7 @@ def write_page(results: Results, times: Results, page: Path | None) -> str:
         "is better, of the others more. *Edge*: the best rate of the grid was its smallest or largest.",
         results_table(found),
         "Beside opponents, and beside the exact meta-gradient, over "
-        f"{seeds_of(found, 'GreedyLR', 'schedule-free', 'Prodigy', 'Unroll')}:",
+        f"{seeds_of(found, 'GreedyLR', 'schedule-free', 'pretrained', 'Prodigy', 'Unroll')}:",
         opponents_table(found),
         "The runs of the first table where their validation was best, which is what a `ModelCheckpoint` keeps:",
         results_table(found, "test_at_best"),

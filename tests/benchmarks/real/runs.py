@@ -16,7 +16,7 @@ from learner import Learner, Optimizer, Task, size
 from tasks import TASKS
 from torch.utils.data import DataLoader
 
-from lightning_l2l import LearnToLearn, Unroll
+from lightning_l2l import LearnedOptimizer, LearnToLearn, Unroll
 
 LOOKS = 10  # validations of a run
 
@@ -155,6 +155,16 @@ def prodigy(given: Optimizer, steps: int) -> Optimizer:
     return Prodigy([group | {"lr": group["lr"] / first} for group in groups])
 
 
+def pretrained(given: Optimizer, steps: int) -> Any:
+    """The rule that comes with the package, on a line from 1 to zero; the groups' rates are kept in proportion."""
+    groups = groups_of(given)
+    first = groups[0]["lr"]
+    rule = LearnedOptimizer.pretrained("tensorwise")
+    optimizer = rule.as_torch_optimizer([group | {"lr": group["lr"] / first} for group in groups])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
 
@@ -164,7 +174,7 @@ class Method:
     """Callbacks beside the module, and what takes the place of its optimizer."""
 
     callbacks: Callable[[], list[L.Callback]] = list
-    optimizer: Callable[[Optimizer, int], Optimizer] | None = None
+    optimizer: Callable[[Optimizer, int], Any] | None = None
     unsuited: tuple[str, ...] = ()
 
 
@@ -175,6 +185,7 @@ METHODS = {
     "Unroll": Method(lambda: [LearnToLearn(Unroll(steps=5))], unsuited=("gan", "sparse", "minilm")),
     "GreedyLR": Method(lambda: [Greedy()], unsuited=("gan",)),
     "schedule-free": Method(lambda: [ScheduleFreeModes()], schedule_free, unsuited=("gan", "sparse")),
+    "pretrained": Method(optimizer=pretrained, unsuited=("gan", "sparse")),
     "Prodigy": Method(optimizer=prodigy, unsuited=("gan", "sparse", "resnet")),
 }
 
