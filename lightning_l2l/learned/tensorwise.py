@@ -29,21 +29,20 @@ class TensorwiseOptimizer(CoordinatewiseOptimizer):
     ``u = (m + b_1 g + b_2 n) / sqrt(v)``, ``a <- a + k (cos(g, m_before) - c) 10 / (t + 9)``, at most 4 in size,
     ``p <- p - rms(u)**-e_3 exp(a + s) u``,
 
-    where ``s = s_1 + e_1 log(inputs / 16) + e_2 log(rms(p) / 0.2)`` for matrices (``inputs``: numbers of a row, as torch
-    has them; ``rms(p)`` counts as 0.01 at least) and ``s = s_2`` for vectors and scalars. As long as gradients point
-    against the steps before them, so that the loss still falls along them, the size grows; where steps undo each other
-    it shrinks. Both the less the later, so that trainings of any length are the same problem. The nine numbers b, e, s,
-    k and c are learned.
+    where ``s = s_1 + e_1 log(inputs / 16) + e_2 log(rms(p) / 0.2)`` for matrices (``inputs``: numbers of a row, as
+    torch has them; ``rms(p)`` counts as 0.01 at least) and ``s = s_2`` for vectors and scalars. As long as gradients
+    agree with those before them the size grows; where they alternate, since steps undo each other, it shrinks. Both the
+    less the later, so that trainings of any length are the same problem. The nine numbers b, e, s, k and c are learned.
 
     When it helps: where no rate has been tuned, with a schedule that falls to zero, on networks that are trained from
     scratch. ``LearnedOptimizer.pretrained("tensorwise")`` was meta-trained on trainings of 100 to 1000 steps of small
     networks (classifiers and autoencoders of 8 x 8 and 12 x 12 images, text, random teachers) by ``python
     examples/pretrained/train.py`` (seed 0, a quarter of an hour of one core), from where an evolution on the choosing
     half of ``tests/benchmarks/population`` had ended. How it compares with a tuned AdamW is in
-    ``docs/learned-optimizers.md``. Give a pretrained network a much smaller rate, or take another optimizer: the sizes
-    are those of a training from scratch.
+    ``docs/learned-optimizers.md``. It overfits small tables, and is too fast for a language model of
+    a million parameters. The sizes are those of a training from scratch: for a pretrained network take another one.
 
-    Cost: for a million parameters about three times a step of AdamW (foreach) on one thread
+    Cost: for a million parameters 2.6 to 2.7 times a step of AdamW (foreach), on one thread
     (``tests/benchmarks/cost.py --part step``). State: three numbers per parameter, and one per tensor.
 
     Source: growth by agreeing gradients as in delta-bar-delta (Jacobs 1988) and hypergradient descent (Baydin et al.,

@@ -68,7 +68,6 @@ VARIANTS = {
     "steps of one size, random at first": Variant({"normalise_output": True, "multiplier": 0.01}),
     "steps of any size, random at first": Variant(start="scaled"),
     "MLP with the same settings": Variant({"name": "mlp"}),
-    "LSTM with the same settings": Variant({"name": "lstm"}),
 }  # fmt: skip
 
 
