@@ -330,7 +330,7 @@ def test_layers_that_a_finetuning_callback_of_lightning_thaws(trainer: Any) -> N
             self.backbone = nn.Linear(FEATURES, 5)
             return nn.Sequential(self.backbone, nn.Tanh(), nn.Linear(5, 3))
 
-    callback = rising()
+    callback = rising(meta_data="train")  # whose rate has not come back when the layers are thawed
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
     fit(trainer, WithBackbone(), callback, finetuning)
     # Lightning's callback reads the head's rate as a number when it adds the group, with what was learned until then
