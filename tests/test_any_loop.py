@@ -215,18 +215,22 @@ class Small(Regression):
         return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
 
+def stepped_by_hand(module: Any, batch: Any) -> Tensor:
+    """What a training step does with manual optimization."""
+    optimizer, loss = module.optimizers(), module.loss(batch)
+    optimizer.zero_grad()
+    module.manual_backward(loss)
+    optimizer.step()
+    return loss
+
+
 class ByHand(Small):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        loss = self.loss(batch)
-        self.manual_backward(loss)
-        optimizer.step()
-        return loss
+        return stepped_by_hand(self, batch)
 
 
 @pytest.mark.feature("plain PyTorch, Fabric", "works", "`Displacement().attach(optimizer)`", topic="loop")
@@ -449,12 +453,7 @@ class PlateauByHand(Regression):
         self.base: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        loss = self.loss(batch)
-        self.manual_backward(loss)
-        optimizer.step()
-        return loss
+        return stepped_by_hand(self, batch)
 
     def on_train_epoch_end(self) -> None:
         scheduler = self.lr_schedulers()

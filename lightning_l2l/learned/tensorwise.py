@@ -39,8 +39,8 @@ class TensorwiseOptimizer(CoordinatewiseOptimizer):
     networks (classifiers and autoencoders of 8 x 8 and 12 x 12 images, text, random teachers) by ``python
     examples/pretrained/train.py`` (seed 0, a quarter of an hour of one core), from where an evolution on the choosing
     half of ``tests/benchmarks/population`` had ended. How it compares with a tuned AdamW is in
-    ``docs/learned-optimizers.md``. It overfits small tables, and is too fast for a language model of
-    a million parameters. The sizes are those of a training from scratch: for a pretrained network take another one.
+    ``docs/learned-optimizers.md``. It overfits small tables, and is too fast for a language model of a million
+    parameters. The sizes are those of a training from scratch: for a pretrained network take another optimizer.
 
     Cost: for a million parameters 2.6 to 2.7 times a step of AdamW (foreach), on one thread
     (``tests/benchmarks/cost.py --part step``). State: three numbers per parameter, and one per tensor.
